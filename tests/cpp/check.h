@@ -1,15 +1,17 @@
 // A test harness in one header: every file under tests/cpp/ is one executable made of TEST blocks.
 //   TEST(name) { CHECK(x > 0); CHECK_EQ(a, b); CHECK_NEAR(a, b, 1e-6); CHECK_THROWS(InvalidArgument, "rank", f()); }
-// A failed check is printed with file, line and values and the test goes on, so one run shows all of them; an
-// exception ends its own test only. `main` comes with the header: include it once per executable. Arguments: an
-// optional substring of the test names to run, or `--list`. The last line is "N passed, N failed"; the exit status
-// is 0 only when nothing failed, something ran, and every test made at least one check.
+// A failed check is printed with file, line and values and the test goes on, so one run shows all of them; an exception ends its
+// own test only. `main` comes with the header: include it in one file per executable. Arguments: an optional substring of the test
+// names to run,
+// `--list`, and options of the executable's own, `--seed 7`, which a test reads with option("--seed", "1"). The last line is
+// "N passed, N failed"; the exit status is 0 only when nothing failed, something ran, and every test made at least one check.
 #pragma once
 
 #include <cmath>
 #include <cstdio>
 #include <exception>
 #include <functional>
+#include <map>
 #include <sstream>
 #include <string>
 #include <type_traits>
@@ -25,13 +27,20 @@ struct Case {
 
 struct State {
   std::vector<Case> cases;
-  long checks = 0;    // made by the running test
-  long failures = 0;  // of the running test
+  std::map<std::string, std::string> options;  // "--name" -> value, from the command line
+  long checks = 0;                             // made by the running test
+  long failures = 0;                           // of the running test
 };
 
 inline State& state() {
   static State instance;
   return instance;
+}
+
+// The value after `--name` on the command line, or the fallback. Options nobody reads are accepted.
+inline std::string option(const std::string& name, const std::string& fallback) {
+  const auto found = state().options.find(name);
+  return found == state().options.end() ? fallback : found->second;
 }
 
 struct Registration {
@@ -113,9 +122,24 @@ void check_throws(const std::function<void()>& call, const std::string& substrin
 }
 
 inline int run(int argc, char** argv) {
-  const std::string filter = argc > 1 ? argv[1] : "";
   State& s = state();
-  if (filter == "--list") {
+  std::string filter;
+  bool list = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--list") {
+      list = true;
+    } else if (argument.rfind("--", 0) == 0) {
+      if (i + 1 == argc) {
+        std::printf("option %s needs a value\n", argv[i]);
+        return 2;
+      }
+      s.options[argument] = argv[++i];
+    } else {
+      filter = argument;
+    }
+  }
+  if (list) {
     for (const Case& c : s.cases) std::printf("%s\n", c.name);
     return 0;
   }
