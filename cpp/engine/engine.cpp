@@ -1,0 +1,256 @@
+// Construction, submission, and the public facade. The step is in step.cpp, adapters' life in adapters.cpp.
+#include "loquetier/engine.h"
+
+#include <algorithm>
+#include <charconv>
+
+#include "core/random.h"
+#include "engine/impl.h"
+
+namespace loquetier {
+
+namespace {
+
+// "auto", "cpu", "cuda", "cuda:1"
+std::shared_ptr<Ops> make_ops(const EngineOptions& options, const ModelConfig& config) {
+  const std::string& name = options.device;
+  auto cuda = [&](int index) {
+    std::string dtype = options.dtype == "auto" ? config.torch_dtype : options.dtype;
+    if (dtype == "f32" && options.dtype == "auto") dtype = "bf16";
+    require(dtype != "f32", "[engine] dtype: expected \"bf16\" or \"f16\" on a CUDA device, got \"f32\"");
+    return std::shared_ptr<Ops>(make_cuda_ops(index, dtype == "f16" ? DType::f16 : DType::bf16, options.deterministic));
+  };
+  auto cpu = [&] {
+    require(options.dtype == "auto" || options.dtype == "f32", "[engine] dtype: expected \"auto\" or \"f32\" on the CPU, got \"", options.dtype,
+            "\"");
+    return std::shared_ptr<Ops>(make_cpu_ops(options.num_threads, options.deterministic));
+  };
+  if (name == "cpu") return cpu();
+  if (name == "cuda") return cuda(0);
+  if (name.starts_with("cuda:")) {
+    int index = -1;
+    const char* end = name.data() + name.size();
+    const auto [rest, error] = std::from_chars(name.data() + 5, end, index);
+    require(error == std::errc() && rest == end && index >= 0, "[engine] device: expected \"cuda:<index>\", got \"", name, "\"");
+    return cuda(index);
+  }
+  require(name == "auto", "[engine] device: expected \"auto\", \"cpu\", \"cuda\" or \"cuda:<index>\", got \"", name, "\"");
+  if (options.dtype == "f32") return cpu();
+  try {
+    return cuda(0);
+  } catch (const Error&) {
+    return cpu();
+  }
+}
+
+constexpr size_t kDefaultPoolShare = 8;  // adapter pool: this fraction of the budget
+constexpr size_t kDefaultKvShare = 2;    // KV pages: this fraction
+
+struct Sizes {
+  int64_t kv_pages = 0;
+  size_t pool_bytes = 0;
+};
+
+Sizes plan_sizes(const EngineOptions& options, const ModelConfig& config, Ops& ops) {
+  const auto budget = static_cast<size_t>(options.memory_fraction * static_cast<double>(ops.device().free_bytes()));
+  const size_t page_bytes = KvCache::page_bytes(config, ops.compute_dtype(), options.page_size);
+  auto pages_for = [&](int64_t tokens) { return (tokens + options.page_size - 1) / options.page_size; };
+  Sizes sizes;
+  if (options.kv_cache_tokens) {
+    sizes.kv_pages = pages_for(*options.kv_cache_tokens);
+  } else {
+    const int64_t useful = options.max_sequences * pages_for(config.max_positions);
+    sizes.kv_pages = std::clamp<int64_t>(static_cast<int64_t>(budget / kDefaultKvShare / page_bytes), 1, useful);
+  }
+  sizes.pool_bytes = options.adapter_pool_bytes ? static_cast<size_t>(*options.adapter_pool_bytes) : budget / kDefaultPoolShare;
+  return sizes;
+}
+
+}  // namespace
+
+Core::Core(std::shared_ptr<Ops> ops_in, std::shared_ptr<const ModelWeights> weights_in, KvCache kv_in, size_t pool_bytes,
+           const PlannerConfig& plan)
+    : ops(std::move(ops_in)),
+      weights(std::move(weights_in)),
+      model(weights, *ops),
+      kv(std::move(kv_in)),
+      pool(*ops, pool_bytes),
+      planner(plan),
+      metadata{Blob(ops->device()), Blob(ops->device())},
+      results(ops->device()) {}
+
+Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options_in, std::shared_ptr<Ops> ops)
+    : base(std::move(model)), options(std::move(options_in)) {
+  require(base != nullptr, "[engine] model: expected a base model, got none");
+  validate(options);
+  const ModelConfig& config = base->weights().config;
+  if (!ops) ops = make_ops(options, config);
+  device_name = ops->device().name();
+  recompute = options.recompute == "layer" ? Recompute::layer : Recompute::none;
+  auto weights = place_weights(base, *ops, ops);
+  const Sizes sizes = plan_sizes(options, config, *ops);
+
+  PlannerConfig plan;
+  plan.max_batch_tokens = options.max_batch_tokens;
+  plan.max_sequences = options.max_sequences;
+  plan.kv_pages = sizes.kv_pages;
+  plan.page_size = options.page_size;
+  plan.adapter_pool_bytes = static_cast<int64_t>(sizes.pool_bytes);
+  plan.num_layers = static_cast<int32_t>(config.num_layers);
+  plan.prefix_caching = options.prefix_caching;
+  KvCache kv = KvCache::make(*ops, config, sizes.kv_pages, options.page_size);
+  limits = {config.vocab_size, config.max_positions, sizes.kv_pages * options.page_size, options.max_batch_tokens};
+  core = std::make_unique<Core>(std::move(ops), std::move(weights), std::move(kv), sizes.pool_bytes, plan);
+  core->stats.weight_bytes = static_cast<int64_t>(core->weights->bytes());
+  core->stats.kv_bytes = static_cast<int64_t>(core->kv.storage.bytes());
+  core->stats.kv_pages = sizes.kv_pages;
+  core->stats.adapter_pool_bytes = static_cast<int64_t>(sizes.pool_bytes);
+  publish();
+}
+
+Engine::Impl::~Impl() = default;
+
+void Engine::Impl::require_usable() const {
+  require(!closed, "[engine] expected an open engine, it was closed");
+  require<DeviceError>(failure.empty(), "[engine] refuses further work after a device error: ", failure);
+}
+
+AdapterPtr Engine::Impl::find(const std::string& name) const {
+  if (name.empty()) return nullptr;
+  const auto it = registry.find(name);
+  require<NotFound>(it != registry.end(), "[engine] adapter \"", name, "\": expected the name of an adapter of this engine, there is none");
+  return it->second;
+}
+
+int64_t Engine::Impl::submit(Request request) {
+  std::lock_guard guard(front);
+  require_usable();
+  request.adapter = find(request.result.adapter);
+  require<QueueFull>(live_requests + live_examples < options.max_queue + published.running_requests,
+                     "[submit_infer] the queue is full: ", options.max_queue, " requests and examples wait (max_queue); step, then submit again");
+  const int64_t id = next_id++;
+  request.id = request.result.request_id = id;
+  request.seed = request.sampling.seed.value_or(mix_key(options.seed, static_cast<uint64_t>(id)));
+  live.emplace(id, request.adapter);
+  ++live_requests;
+  if (request.adapter) ++request.adapter->live_requests;
+  inbox.push_back(std::move(request));
+  return id;
+}
+
+int64_t Engine::Impl::submit(Job job) {
+  std::lock_guard guard(front);
+  require_usable();
+  // The adapter was looked up before the examples were prepared; it may have been removed since.
+  if (job.adapter) require<NotFound>(find(job.adapter->name) == job.adapter, "[engine] adapter \"", job.adapter->name, "\" was removed");
+  const auto examples = static_cast<int64_t>(job.examples.size());
+  require<QueueFull>(live_requests + live_examples + examples <= options.max_queue + published.running_requests, "[",
+                     job.train ? "submit_train" : "submit_eval", "] the queue is full: with these ", examples, " examples more than ",
+                     options.max_queue, " requests and examples would wait (max_queue); step, then submit again");
+  const int64_t id = next_id++;
+  job.id = id;
+  live.emplace(id, job.adapter);
+  live_examples += examples;
+  job_examples.emplace(id, examples);
+  if (job.adapter) ++job.adapter->live_jobs;
+  inbox.push_back(std::move(job));
+  return id;
+}
+
+bool Engine::Impl::cancel(int64_t id) {
+  std::lock_guard guard(front);
+  require_usable();
+  require<NotFound>(id >= 1 && id < next_id, "[cancel] id: expected one that a submit call returned, got ", id);
+  if (!live.contains(id)) return false;
+  inbox.push_back(CancelCommand{id});
+  return true;
+}
+
+// ---------------------------------------------------------------- facade
+
+Engine::Engine(std::shared_ptr<const BaseModel> model, EngineOptions options)
+    : impl_(std::make_unique<Impl>(std::move(model), std::move(options), nullptr)) {}
+
+Engine::Engine(const std::filesystem::path& model_folder, EngineOptions options)
+    : Engine((validate(options), BaseModel::load(model_folder)), options) {}
+
+Engine::~Engine() { close(); }
+
+int64_t Engine::submit_infer(std::vector<int32_t> prompt_ids, InferOptions options) {
+  validate_prompt(prompt_ids, impl_->limits);
+  validate(options.sampling, impl_->limits.vocab_size);
+  Request request;
+  request.prompt_length = static_cast<int64_t>(prompt_ids.size());
+  const Limits& limits = impl_->limits;
+  request.max_new_tokens = std::min<int64_t>(options.sampling.max_tokens,
+                                             std::min(limits.max_positions, limits.kv_tokens) - request.prompt_length);
+  if (!options.sampling.ignore_eos) request.stop_ids = impl_->base->eos_token_ids();
+  request.stop_ids.insert(request.stop_ids.end(), options.sampling.stop_token_ids.begin(), options.sampling.stop_token_ids.end());
+  request.prompt = std::move(prompt_ids);
+  request.priority = options.priority;
+  request.pin_version = options.pin_version;
+  request.result.adapter = std::move(options.adapter);
+  request.sampling = std::move(options.sampling);
+  return impl_->submit(std::move(request));
+}
+
+int64_t Engine::submit_train(const std::string& adapter, std::vector<Example> examples, TrainOptions options) {
+  Job job;
+  job.train = true;
+  {
+    std::lock_guard guard(impl_->front);
+    impl_->require_usable();
+    require(!adapter.empty(), "[submit_train] adapter: expected a name; the base model is frozen");
+    job.adapter = impl_->find(adapter);
+  }
+  job.examples = prepare_training(examples, options, impl_->limits, job.targets);
+  job.optimizer = options.optimizer;
+  return impl_->submit(std::move(job));
+}
+
+int64_t Engine::submit_eval(const std::string& adapter, std::vector<Example> examples) {
+  Job job;
+  job.train = false;
+  {
+    std::lock_guard guard(impl_->front);
+    impl_->require_usable();
+    job.adapter = impl_->find(adapter);
+  }
+  job.examples = prepare_evaluation(examples, impl_->limits, job.targets);
+  return impl_->submit(std::move(job));
+}
+
+bool Engine::cancel(int64_t id) { return impl_->cancel(id); }
+
+bool Engine::has_work() const {
+  std::lock_guard guard(impl_->front);
+  return !impl_->closed && (!impl_->live.empty() || impl_->undelivered);
+}
+
+StepResult Engine::step() { return impl_->step(); }
+
+EngineStats Engine::stats() const {
+  std::lock_guard guard(impl_->front);
+  impl_->require_usable();
+  EngineStats stats = impl_->published;
+  stats.waiting_requests = impl_->live_requests - stats.running_requests;
+  stats.queued_examples = impl_->live_examples;
+  stats.adapters = static_cast<int64_t>(impl_->registry.size());
+  return stats;
+}
+
+void Engine::close() {
+  std::lock_guard step_guard(impl_->step_lock);
+  std::lock_guard guard(impl_->front);
+  impl_->closed = true;
+  impl_->registry.clear();
+  impl_->inbox.clear();
+  impl_->live.clear();
+  impl_->core.reset();
+}
+
+const BaseModel& Engine::base_model() const { return *impl_->base; }
+const EngineOptions& Engine::options() const { return impl_->options; }
+std::string Engine::device() const { return impl_->device_name; }
+
+}  // namespace loquetier

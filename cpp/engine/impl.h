@@ -1,0 +1,142 @@
+// The engine's inside. Two locks and what each guards:
+//   front      names, the inbox, which ids are live, published numbers. Held for moments, by any thread; submit and cancel need nothing else.
+//   step_lock  everything in Core: planner, pool, requests, jobs, device memory. Held for a whole step, and by calls that touch adapters' weights.
+// Order when both are taken: step_lock, then front. A step is: take in the inbox, plan, pin adapters, upload, forward and heads, backward
+// slices, optimizer, download, commit, publish (step.cpp).
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <variant>
+#include <vector>
+
+#include "engine/blob.h"
+#include "engine/fair_mutex.h"
+#include "engine/records.h"
+#include "engine/step_batch.h"
+#include "engine/validate.h"
+#include "io/checkpoint.h"
+#include "loquetier/engine.h"
+#include "model/model.h"
+#include "plan/planner.h"
+
+namespace loquetier {
+
+struct CancelCommand { int64_t id; };
+struct RemoveCommand { AdapterPtr adapter; };
+using Command = std::variant<Request, Job, CancelCommand, RemoveCommand>;
+
+// A micro-batch between its forward and the end of its backward.
+struct MicroBatch {
+  BatchView view;                 // its training part
+  Saved saved;
+  int blob = 0;                   // which metadata block its arrays lie in
+  int32_t layers_left = 0;
+  std::vector<std::shared_ptr<AdapterWeights>> pinned;
+  std::vector<int64_t> jobs;
+  std::vector<AdapterPtr> drop;   // adapters whose gradients are dropped when it ends (cancelled jobs)
+};
+
+struct Core {
+  std::shared_ptr<Ops> ops;                          // first: everything below lives in its memory
+  std::shared_ptr<const ModelWeights> weights;
+  Model model;
+  KvCache kv;
+  AdapterPool pool;
+  Planner planner;
+  AdapterTable adapters;                             // until removed and its last request ended
+  std::unordered_set<AdapterId> removed;
+  RequestTable requests;
+  JobTable jobs;
+  Blob metadata[2];
+  Blob results;
+  Buffer saved_storage, scratch_storage;             // grown when a step needs more than any before it
+  std::optional<MicroBatch> micro;
+  StepResult events;                                 // not yet handed out
+  std::vector<int64_t> ended;                        // ids of events, to be taken off the live list
+  EngineStats stats;
+
+  Core(std::shared_ptr<Ops> ops, std::shared_ptr<const ModelWeights> weights, KvCache kv, size_t pool_bytes, const PlannerConfig& plan);
+};
+
+struct Engine::Impl {
+  Impl(std::shared_ptr<const BaseModel> model, EngineOptions options, std::shared_ptr<Ops> ops);
+  ~Impl();
+
+  // ---- fixed
+  std::shared_ptr<const BaseModel> base;
+  EngineOptions options;
+  std::string device_name;
+  Limits limits;
+  Recompute recompute = Recompute::none;
+
+  // ---- front
+  mutable std::mutex front;
+  std::map<std::string, AdapterPtr> registry;
+  std::deque<Command> inbox;
+  std::unordered_map<int64_t, AdapterPtr> live;      // requests and jobs that have not ended, and their adapter
+  int64_t live_requests = 0;
+  int64_t live_examples = 0;
+  std::unordered_map<int64_t, int64_t> job_examples; // of live jobs
+  int64_t next_id = 1;
+  int64_t next_adapter = 0;
+  bool closed = false;
+  bool undelivered = false;                          // events wait for the next step()
+  std::string failure;                               // the first device error
+  EngineStats published;
+
+  // ---- step lock
+  mutable FairMutex step_lock;
+  std::atomic<bool> stepping{false};
+  std::unique_ptr<Core> core;
+  StepBudget budget;                                 // no limit; tests cut backward at random places
+  std::function<void(const char* phase)> probe;      // called between phases; tests throw from it
+
+  // submission (engine.cpp)
+  void require_usable() const;                       // front held
+  AdapterPtr find(const std::string& name) const;    // front held; null for ""
+  int64_t submit(Request request);
+  int64_t submit(Job job);
+  bool cancel(int64_t id);
+
+  // adapters (adapters.cpp)
+  void require_new_name(const std::string& name) const;  // front held
+  AdapterPtr new_record(const std::string& name, LoraConfig config, std::shared_ptr<const AdapterLayout> layout, DType stored) const;
+  void register_adapter(const AdapterPtr& record);       // step lock held, weights set
+  void add_adapter(const std::string& name, LoraConfig config, std::vector<LoraTarget> targets, const LoraWeights& weights, DType stored);
+  std::vector<float> master_values(const AdapterRecord& record) const;
+  AdapterSnapshot snapshot(const std::string& name) const;
+  AdapterPtr restored_record(const std::string& name, const AdapterSnapshot& snapshot);
+
+  // the step (step.cpp)
+  StepResult step();
+  void take_in();
+  void take_in(Request&& request);
+  void take_in(Job&& job);
+  void take_in(const CancelCommand& cancel);
+  void take_in(const RemoveCommand& remove);
+  void run(const Plan& plan);
+  WeightTableOfStep weights_of(const Plan& plan);
+  void begin_micro_batch(const Plan& plan, const StepBatch& batch, int blob, const WeightTableOfStep& weights);
+  void run_backward(int32_t layers);
+  void end_micro_batch();
+  void collect(const Plan& plan, const StepBatch& batch);
+  void collect_losses(const Plan& plan, const StepBatch& batch);
+  void collect_tokens(const Plan& plan, const StepBatch& batch);
+  void complete_jobs(const Plan& plan, const StepBatch& batch);
+  void recover(const Plan& plan, const std::string& what);
+  void finish_request(int64_t id, FinishReason reason, const std::string& error = {});
+  void finish_job(int64_t id, const std::string& reason);
+  void publish();
+  void mark(const char* phase) const { if (probe) probe(phase); }
+};
+
+}  // namespace loquetier

@@ -1,0 +1,415 @@
+#include "engine/step_batch.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/random.h"
+
+namespace loquetier {
+
+namespace {
+
+// Head rows gathered before they are packed.
+struct Heads {
+  std::vector<HeadRef> refs;
+  std::vector<int32_t> rows;       // of the batch
+  std::vector<LossRow> loss_rows;
+  int32_t train = 0, logprob = 0;  // how many of each kind; the rest sample
+};
+
+// Sampling arrays, one entry per row to sample.
+struct Sampling {
+  std::vector<SampleRow> rows;
+  std::vector<int32_t> history;
+  std::vector<int32_t> bias_ids;
+  std::vector<float> bias_values;
+  std::vector<int32_t> forbidden;
+};
+
+class Builder {
+ public:
+  Builder(const Plan& plan, const StepContext& context) : plan_(plan), context_(context) {
+    for (const Segment& s : plan.segments) count_[static_cast<int>(s.kind)] += 1;
+  }
+
+  StepBatch build(Blob& in, Blob& out) {
+    gather_heads();
+    gather_updates();
+    in.begin(metadata_bytes());
+    view().rows = plan_.total_rows();
+    view().train_rows = plan_.rows[0];
+    view().packed_rows = plan_.rows[0] + plan_.rows[1];
+    pack_rows(in);
+    pack_packed(in);
+    pack_paged(in);
+    pack_groups(in);
+    pack_heads(in);
+    pack_updates(in);
+    carve_results(out);
+    return std::move(step_);
+  }
+
+ private:
+  BatchView& view() { return step_.view; }
+  const Job& job(const Segment& s) const { return context_.jobs.at(s.id); }
+  const Request& request(const Segment& s) const { return context_.requests.at(s.id); }
+  const PreparedExample& example(const Segment& s) const { return job(s).examples[static_cast<size_t>(s.example)]; }
+  const AdapterLayout& layout(const Segment& s) const { return *context_.adapters.at(s.adapter)->layout; }
+  static bool packed(const Segment& s) { return s.kind == Kind::train || s.kind == Kind::eval; }
+
+  uint64_t row_key(const Segment& s, int32_t row) const {
+    const Job& j = job(s);
+    const uint64_t example_key = mix_key(j.adapter->config.seed, j.dropout_base + static_cast<uint64_t>(s.example));
+    return mix_key(example_key, static_cast<uint64_t>(s.position + row));
+  }
+
+  // ---- heads
+
+  void gather_heads() {
+    for (const Kind kind : {Kind::train, Kind::eval}) {
+      for (size_t i = 0; i < plan_.segments.size(); ++i) {
+        const Segment& s = plan_.segments[i];
+        if (s.kind != kind) continue;
+        const PreparedExample& e = example(s);
+        for (size_t t = 0; t < e.targets.size(); ++t) {
+          add_head(i, static_cast<int32_t>(t), s.row_begin + e.target_rows[t], e.targets[t]);
+        }
+      }
+      if (kind == Kind::train) heads_.train = static_cast<int32_t>(heads_.refs.size());
+    }
+    for (size_t i = 0; i < plan_.segments.size(); ++i) {
+      const Segment& s = plan_.segments[i];
+      if (s.kind == Kind::prefill && request(s).sampling.prompt_logprobs) gather_prompt_heads(i, s);
+    }
+    heads_.logprob = static_cast<int32_t>(heads_.refs.size()) - heads_.train;
+    step_.sample_begin = static_cast<int32_t>(heads_.refs.size());
+    for (size_t i = 0; i < plan_.segments.size(); ++i) {
+      const Segment& s = plan_.segments[i];
+      if (!s.samples) continue;
+      add_head(i, 0, s.row_begin + s.rows - 1, {});
+      gather_sampling(s);
+    }
+    view().head_count = static_cast<int32_t>(heads_.refs.size());
+  }
+
+  void gather_prompt_heads(size_t segment, const Segment& s) {
+    const auto tokens = context_.planner.tokens(s.id);
+    const int64_t prompt_length = request(s).prompt_length;
+    for (int32_t r = 0; r < s.rows; ++r) {
+      const int32_t position = s.position + r;
+      if (position + 1 >= prompt_length) break;
+      LossRow row;
+      row.target = tokens[static_cast<size_t>(position + 1)];
+      add_head(segment, position + 1, s.row_begin + r, row);
+    }
+  }
+
+  void add_head(size_t segment, int32_t index, int32_t row, const LossRow& loss) {
+    heads_.refs.push_back({static_cast<int32_t>(segment), index});
+    heads_.rows.push_back(row);
+    heads_.loss_rows.push_back(loss);
+  }
+
+  void gather_sampling(const Segment& s) {
+    const Request& r = request(s);
+    const SamplingParams& p = r.sampling;
+    const auto tokens = context_.planner.tokens(s.id);
+    SampleRow row;
+    row.temperature = static_cast<float>(p.temperature);
+    row.top_p = static_cast<float>(p.top_p);
+    row.min_p = static_cast<float>(p.min_p);
+    row.top_k = p.top_k;
+    row.repetition_penalty = static_cast<float>(p.repetition_penalty);
+    row.presence_penalty = static_cast<float>(p.presence_penalty);
+    row.frequency_penalty = static_cast<float>(p.frequency_penalty);
+    row.top_logprobs = p.logprobs;
+    row.seed = r.seed;
+    row.index = static_cast<int64_t>(tokens.size()) - r.prompt_length;
+    row.history_begin = static_cast<int32_t>(sampling_.history.size());
+    if (p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0) {
+      sampling_.history.insert(sampling_.history.end(), tokens.begin(), tokens.end());
+      row.prompt_length = static_cast<int32_t>(r.prompt_length);
+      row.output_length = static_cast<int32_t>(row.index);
+    }
+    row.bias_begin = static_cast<int32_t>(sampling_.bias_ids.size());
+    row.bias_count = static_cast<int32_t>(p.logit_bias.size());
+    for (const auto& [id, bias] : p.logit_bias) {
+      sampling_.bias_ids.push_back(id);
+      sampling_.bias_values.push_back(static_cast<float>(bias));
+    }
+    row.forbidden_begin = static_cast<int32_t>(sampling_.forbidden.size());
+    if (row.index < p.min_tokens) {
+      sampling_.forbidden.insert(sampling_.forbidden.end(), r.stop_ids.begin(), r.stop_ids.end());
+      row.forbidden_count = static_cast<int32_t>(r.stop_ids.size());
+    }
+    sampling_.rows.push_back(row);
+    step_.top_columns = std::max(step_.top_columns, p.logprobs);
+  }
+
+  // ---- updates
+
+  void gather_updates() {
+    for (int64_t id : plan_.completed_jobs) {
+      const Job& j = context_.jobs.at(id);
+      if (!j.optimizer) continue;
+      const AdapterRecord& a = *j.adapter;
+      a.train->append_update(*j.optimizer, a.weights->device_block(), adam_tensors_, adam_jobs_);
+      step_.update_jobs.push_back(id);
+    }
+  }
+
+  // ---- packing
+
+  size_t metadata_bytes() const {
+    const size_t rows = static_cast<size_t>(plan_.total_rows()), segments = plan_.segments.size(), heads = heads_.refs.size();
+    size_t pages = 0;
+    for (const Segment& s : plan_.segments) {
+      if (!packed(s)) pages = std::max(pages, context_.planner.pages(s.id).size());
+    }
+    const size_t chunks = heads / static_cast<size_t>(kHeadChunk) + 4;
+    size_t bytes = rows * (3 * sizeof(int32_t) + sizeof(uint64_t));
+    bytes += segments * (12 * sizeof(int32_t) + pages * sizeof(int32_t) + 3 * sizeof(LoraGroup) + sizeof(SampleRow));
+    bytes += (segments + chunks) * sizeof(LoraGroup);
+    bytes += heads * (sizeof(int32_t) + sizeof(LossRow) + sizeof(uint64_t));
+    bytes += (sampling_.history.size() + sampling_.bias_ids.size() * 2 + sampling_.forbidden.size()) * sizeof(int32_t);
+    bytes += adam_tensors_.size() * sizeof(AdamTensor) + adam_jobs_.size() * sizeof(AdamJob);
+    return bytes + 64 * (40 + chunks);  // alignment of each array
+  }
+
+  void pack_rows(Blob& in) {
+    const auto rows = static_cast<size_t>(view().rows);
+    auto ids = in.take<int32_t>(rows), positions = in.take<int32_t>(rows), slots = in.take<int32_t>(rows);
+    for (const Segment& s : plan_.segments) {
+      const int32_t* source = packed(s) ? example(s).ids.data() : context_.planner.tokens(s.id).data();
+      for (int32_t r = 0; r < s.rows; ++r) {
+        const int32_t row = s.row_begin + r, position = s.position + r;
+        ids.host[row] = source[position];
+        positions.host[row] = position;
+        slots.host[row] = -1;
+        if (packed(s)) continue;
+        const int32_t page = context_.planner.pages(s.id)[static_cast<size_t>(position / context_.page_size)];
+        slots.host[row] = page * context_.page_size + position % context_.page_size;
+      }
+    }
+    view().ids = ids.device;
+    view().positions = positions.device;
+    view().kv_slots = slots.device;
+  }
+
+  void pack_packed(Blob& in) {
+    std::vector<int32_t> begin, rows;
+    for (const Segment& s : plan_.segments) {
+      if (!packed(s)) continue;
+      begin.push_back(s.row_begin);
+      rows.push_back(s.rows);
+    }
+    const auto b = in.put(begin.data(), begin.size()), r = in.put(rows.data(), rows.size());
+    auto batch = [&](int32_t sequences) {
+      PackedBatch p;
+      p.sequences = sequences;
+      for (int32_t i = 0; i < sequences; ++i) p.max_rows = std::max(p.max_rows, rows[static_cast<size_t>(i)]);
+      p.q_begin = p.kv_begin = b.device;
+      p.q_rows = p.kv_rows = r.device;
+      p.host_q_begin = p.host_kv_begin = b.host;
+      p.host_q_rows = p.host_kv_rows = r.host;
+      return p;
+    };
+    view().packed = batch(static_cast<int32_t>(begin.size()));
+    view().train_packed = batch(count_[0]);
+  }
+
+  void pack_paged(Blob& in) {
+    PagedBatch& p = view().paged;
+    p.sequences = count_[2] + count_[3];
+    p.decodes = count_[3];
+    const auto n = static_cast<size_t>(p.sequences);
+    size_t width = 0;
+    for (const Segment& s : plan_.segments) {
+      if (!packed(s)) width = std::max(width, context_.planner.pages(s.id).size());
+    }
+    p.max_pages = static_cast<int32_t>(width);
+    auto begin = in.take<int32_t>(n), rows = in.take<int32_t>(n), kv_len = in.take<int32_t>(n), table = in.take<int32_t>(n * width);
+    size_t i = 0;
+    for (const Segment& s : plan_.segments) {
+      if (packed(s)) continue;
+      begin.host[i] = s.row_begin;
+      rows.host[i] = s.rows;
+      kv_len.host[i] = s.position + s.rows;
+      const auto pages = context_.planner.pages(s.id);
+      int32_t* row = table.host + i * width;
+      std::copy(pages.begin(), pages.end(), row);
+      std::fill(row + pages.size(), row + width, 0);
+      ++i;
+    }
+    p.row_begin = begin.device;
+    p.rows = rows.device;
+    p.kv_len = kv_len.device;
+    p.page_table = table.device;
+    p.host_row_begin = begin.host;
+    p.host_rows = rows.host;
+    p.host_kv_len = kv_len.host;
+  }
+
+  LoraGroup group_of(const Segment& s) const {
+    const AdapterRecord& a = *context_.adapters.at(s.adapter);
+    const AdapterWeights& w = *context_.weights.at({s.adapter, s.version});
+    LoraGroup g;
+    g.sites = w.device_sites();
+    g.host_sites = w.host_sites();
+    if (s.kind == Kind::train) {
+      g.grads = a.train->device_grads();
+      g.host_grads = a.train->host_grads();
+      g.dropout = static_cast<float>(a.config.lora_dropout);
+    }
+    return g;
+  }
+
+  // Groups of consecutive items that use one adapter; `segment_of(i)` and `row_of(i)` describe item i, `rows_of(i)` its rows.
+  template <class Segments, class Rows>
+  LoraGroups groups(Blob& in, size_t items, Segments segment_of, Rows rows_of, bool lm_head_only, const uint64_t* row_keys) {
+    std::vector<LoraGroup> list;
+    LoraGroups out;
+    const Segment* previous = nullptr;
+    for (size_t i = 0; i < items; ++i) {
+      const Segment& s = segment_of(i);
+      const auto [row, rows] = rows_of(i);
+      if (s.adapter == kBaseAdapter || (lm_head_only && !layout(s).lm_head)) {
+        previous = nullptr;
+        continue;
+      }
+      const bool same = previous && previous->adapter == s.adapter && previous->version == s.version &&
+                        (previous->kind == Kind::train) == (s.kind == Kind::train) &&
+                        list.back().row_begin + list.back().rows == row;
+      if (!same) {
+        list.push_back(group_of(s));
+        list.back().row_begin = row;
+        out.max_rank = std::max(out.max_rank, layout(s).max_rank);
+      }
+      list.back().rows += rows;
+      previous = &s;
+    }
+    const Both<LoraGroup> packed_groups = in.put(list.data(), list.size());
+    out.groups = packed_groups.device;
+    out.host_groups = packed_groups.host;
+    out.count = static_cast<int32_t>(list.size());
+    out.row_keys = row_keys;
+    return out;
+  }
+
+  void pack_groups(Blob& in) {
+    view().lowest_layer = context_.config.num_layers;
+    for (const Segment& s : plan_.segments) {
+      if (s.kind != Kind::train) continue;
+      view().lowest_layer = std::min(view().lowest_layer, layout(s).lowest_layer);
+      view().dropout |= context_.adapters.at(s.adapter)->config.lora_dropout > 0;
+    }
+    const uint64_t* row_keys = nullptr;
+    if (view().dropout) {
+      auto keys = in.take<uint64_t>(static_cast<size_t>(view().train_rows));
+      for (const Segment& s : plan_.segments) {
+        if (s.kind != Kind::train) continue;
+        for (int32_t r = 0; r < s.rows; ++r) keys.host[s.row_begin + r] = row_key(s, r);
+      }
+      row_keys = keys.device;
+    }
+    auto segment_of = [&](size_t i) -> const Segment& { return plan_.segments[i]; };
+    auto rows_of = [&](size_t i) { return std::pair(plan_.segments[i].row_begin, plan_.segments[i].rows); };
+    view().groups = groups(in, plan_.segments.size(), segment_of, rows_of, false, row_keys);
+    // Training segments come first, and a group never holds rows of both kinds: the training groups are the first of all groups.
+    LoraGroups& train = view().train_groups = view().groups;
+    train.count = 0;
+    while (train.count < view().groups.count && train.host_groups[train.count].row_begin < view().train_rows) ++train.count;
+  }
+
+  void pack_heads(Blob& in) {
+    const auto n = heads_.refs.size();
+    const auto rows = in.put(heads_.rows.data(), n);
+    const auto loss_rows = in.put(heads_.loss_rows.data(), n);
+    view().head_rows = rows.device;
+    view().loss_rows = loss_rows.device;
+    const uint64_t* head_keys = nullptr;
+    if (view().dropout) {
+      auto keys = in.take<uint64_t>(static_cast<size_t>(heads_.train));
+      for (int32_t h = 0; h < heads_.train; ++h) {
+        const HeadRef& ref = heads_.refs[static_cast<size_t>(h)];
+        const Segment& s = plan_.segments[static_cast<size_t>(ref.segment)];
+        keys.host[h] = row_key(s, heads_.rows[static_cast<size_t>(h)] - s.row_begin);
+      }
+      head_keys = keys.device;
+    }
+    const auto sample_rows = in.put(sampling_.rows.data(), sampling_.rows.size());
+    const auto history = in.put(sampling_.history.data(), sampling_.history.size());
+    const auto bias_ids = in.put(sampling_.bias_ids.data(), sampling_.bias_ids.size());
+    const auto bias_values = in.put(sampling_.bias_values.data(), sampling_.bias_values.size());
+    const auto forbidden = in.put(sampling_.forbidden.data(), sampling_.forbidden.size());
+
+    auto add_chunks = [&](HeadKind kind, int32_t begin, int32_t count) {
+      for (int32_t done = 0; done < count; done += static_cast<int32_t>(kHeadChunk)) {
+        HeadChunk chunk;
+        chunk.kind = kind;
+        chunk.begin = begin + done;
+        chunk.rows = std::min(count - done, static_cast<int32_t>(kHeadChunk));
+        auto segment_of = [&](size_t i) -> const Segment& {
+          return plan_.segments[static_cast<size_t>(heads_.refs[static_cast<size_t>(chunk.begin) + i].segment)];
+        };
+        auto rows_of = [&](size_t i) { return std::pair(static_cast<int32_t>(i), 1); };
+        const uint64_t* keys = kind == HeadKind::train && head_keys ? head_keys + chunk.begin : nullptr;
+        chunk.groups = groups(in, static_cast<size_t>(chunk.rows), segment_of, rows_of, true, keys);
+        if (kind == HeadKind::sample) {
+          chunk.sampling.rows = sample_rows.device + done;
+          chunk.sampling.host_rows = sample_rows.host + done;
+          chunk.sampling.count = chunk.rows;
+          chunk.sampling.history = history.device;
+          chunk.sampling.bias_ids = bias_ids.device;
+          chunk.sampling.bias_values = bias_values.device;
+          chunk.sampling.forbidden = forbidden.device;
+        }
+        view().chunks.push_back(chunk);
+      }
+    };
+    add_chunks(HeadKind::train, 0, heads_.train);
+    add_chunks(HeadKind::logprob, heads_.train, heads_.logprob);
+    add_chunks(HeadKind::sample, step_.sample_begin, static_cast<int32_t>(sampling_.rows.size()));
+    step_.heads = std::move(heads_.refs);
+  }
+
+  void pack_updates(Blob& in) {
+    const auto tensors = in.put(adam_tensors_.data(), adam_tensors_.size());
+    const auto jobs = in.put(adam_jobs_.data(), adam_jobs_.size());
+    step_.updates = {tensors.device, tensors.host, static_cast<int32_t>(adam_tensors_.size()),
+                     jobs.device,    jobs.host,    static_cast<int32_t>(adam_jobs_.size())};
+  }
+
+  void carve_results(Blob& out) {
+    const auto heads = static_cast<size_t>(view().head_count), samples = sampling_.rows.size(), columns = static_cast<size_t>(step_.top_columns);
+    out.begin(heads * 12 + samples * columns * 8 + step_.update_jobs.size() * 4 + 64 * 8);
+    step_.logprob = out.take<float>(heads);
+    step_.loss = out.take<float>(heads);
+    step_.sampled = out.take<int32_t>(heads);
+    step_.top_ids = out.take<int32_t>(samples * columns);
+    step_.top_logprobs = out.take<float>(samples * columns);
+    step_.norms = out.take<float>(step_.update_jobs.size());
+    view().logprob = step_.logprob.device;
+    view().loss = step_.loss.device;
+    view().sampled = step_.sampled.device;
+    if (columns == 0) return;
+    const auto n = static_cast<int64_t>(samples);
+    view().top_ids = matrix(step_.top_ids.device, DType::i32, n, step_.top_columns);
+    view().top_logprobs = matrix(step_.top_logprobs.device, DType::f32, n, step_.top_columns);
+  }
+
+  const Plan& plan_;
+  const StepContext& context_;
+  StepBatch step_;
+  Heads heads_;
+  Sampling sampling_;
+  std::vector<AdamTensor> adam_tensors_;
+  std::vector<AdamJob> adam_jobs_;
+  int32_t count_[4] = {0, 0, 0, 0};  // segments by kind
+};
+
+}  // namespace
+
+StepBatch build_step(const Plan& plan, const StepContext& context, Blob& in, Blob& out) { return Builder(plan, context).build(in, out); }
+
+}  // namespace loquetier

@@ -1,0 +1,55 @@
+// From a plan to what the model runs on: every array of one step, packed into one upload, and where each result comes back.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/blob.h"
+#include "engine/records.h"
+#include "model/model.h"
+#include "plan/planner.h"
+
+namespace loquetier {
+
+using AdapterTable = std::unordered_map<AdapterId, AdapterPtr>;
+using RequestTable = std::unordered_map<int64_t, Request>;
+using JobTable = std::unordered_map<int64_t, Job>;
+using WeightTableOfStep = std::map<std::pair<AdapterId, int64_t>, std::shared_ptr<AdapterWeights>>;  // (adapter, version)
+
+struct StepContext {
+  const ModelConfig& config;
+  const Planner& planner;
+  const AdapterTable& adapters;
+  const RequestTable& requests;
+  const JobTable& jobs;
+  const WeightTableOfStep& weights;   // of every plan.adapters entry, resident
+  int32_t page_size = 0;
+};
+
+// Which segment a head row belongs to, and which of its targets (train, eval) or prompt positions (prefill).
+struct HeadRef {
+  int32_t segment = 0;
+  int32_t index = 0;
+};
+
+struct StepBatch {
+  BatchView view;
+  std::vector<HeadRef> heads;       // [view.head_count]
+  int32_t sample_begin = 0;         // first head row that samples
+  std::vector<int64_t> update_jobs; // jobs of plan.completed_jobs that end with an optimizer step, in order
+  AdamBatch updates;                // one AdamJob per entry of update_jobs
+  Both<float> logprob;              // [head_count]
+  Both<float> loss;                 // [head_count]
+  Both<int32_t> sampled;            // [head_count]
+  Both<int32_t> top_ids;            // [samples, top_columns]
+  Both<float> top_logprobs;
+  int32_t top_columns = 0;
+  Both<float> norms;                // [update_jobs]
+};
+
+// Fills `in` (metadata, not yet uploaded) and carves `out` (results).
+StepBatch build_step(const Plan& plan, const StepContext& context, Blob& in, Blob& out);
+
+}  // namespace loquetier
