@@ -139,4 +139,9 @@ struct Engine::Impl {
   void mark(const char* phase) const { if (probe) probe(phase); }
 };
 
+// For tests: the inside of an engine.
+struct EngineAccess {
+  static Engine::Impl& impl(Engine& engine) { return *engine.impl_; }
+};
+
 }  // namespace loquetier

@@ -48,7 +48,7 @@ StepResult Engine::Impl::step() {
         std::lock_guard guard(front);
         failure = error.what();
       }
-      recover(plan, error.what());
+      core->planner.abort(plan);  // nothing else: the device answers no more, and no step follows
       publish();
       throw;
     } catch (const std::exception& error) {
@@ -239,8 +239,8 @@ void Engine::Impl::begin_micro_batch(const Plan& plan, const StepBatch& batch, i
 }
 
 void Engine::Impl::run_backward(int32_t layers) {
-  for (; layers > 0; --layers) {
-    MicroBatch& micro = core->micro.value();
+  for (; layers > 0 && core->micro; --layers) {
+    MicroBatch& micro = *core->micro;
     const int64_t layer = --micro.layers_left;
     if (layer >= micro.view.lowest_layer) {
       Arena scratch(core->scratch_storage.data(), core->scratch_storage.bytes());

@@ -101,6 +101,7 @@ class Engine {
 
  private:
   struct Impl;
+  friend struct EngineAccess;  // tests
   std::unique_ptr<Impl> impl_;
 };
 
