@@ -1,6 +1,9 @@
-// Residency: a fixed budget of device memory for adapter weights, more adapters than fit. Idle ones are evicted least-recently-used to
-// the host tier and fetched back; one in use is never evicted. When free space is scattered, resident adapters are moved together
-// (between steps nothing reads them), so a set fits whenever its bytes add up to no more than the pool.
+// Residency: a fixed budget of device memory for adapter weights, more adapters than fit. Idle ones are evicted least-recently-used
+// to the host tier and fetched back; one in use is never evicted. When free space is scattered, resident blocks are moved together
+// (between steps nothing reads them, and device copies are ordered after the kernels that did), so a set fits whenever its bytes
+// add up to no more than the pool, whatever else is pinned.
+//
+// One thread calls the pool; the last holder of an AdapterWeights may let go on any thread, also after the pool is gone.
 #pragma once
 
 #include <cstdint>
@@ -19,21 +22,24 @@ class AdapterPool {
   AdapterPool(const AdapterPool&) = delete;
   AdapterPool& operator=(const AdapterPool&) = delete;
 
-  // New weights in the host tier, rounded to the compute dtype. `flat` as AdapterLayout::flatten. OutOfMemory when one version alone exceeds the pool.
+  // New weights in the host tier, rounded to the compute dtype. `flat` as AdapterLayout::flatten. OutOfMemory when one version
+  // alone exceeds the pool.
   std::shared_ptr<AdapterWeights> add(std::shared_ptr<const AdapterLayout> layout, const float* flat, int64_t version);
-  // A copy of `source` as a version of its own (copy on write for the optimizer; clone). In the host tier or resident like the source.
+  // A copy of `source` as a version of its own (copy on write for the optimizer; clone). Resident when the source is and idle ones
+  // can make room for it, else in the host tier.
   std::shared_ptr<AdapterWeights> copy(const std::shared_ptr<AdapterWeights>& source, int64_t version);
 
-  // Makes every one of `set` resident and pins it until unpin(); evicts idle ones as needed. All or nothing: OutOfMemory names the bytes.
+  // Makes every one of `set` resident and pins it until unpin(); evicts idle ones as needed. All or nothing: OutOfMemory names the
+  // bytes.
   void pin(std::span<const std::shared_ptr<AdapterWeights>> set);
   void unpin(std::span<const std::shared_ptr<AdapterWeights>> set);
 
   // The optimizer wrote the device block in place: the host tier is stale, the version is `version`.
   void mark_updated(AdapterWeights& weights, int64_t version);
   std::vector<float> read(const AdapterWeights& weights) const;  // [elements] f32, from wherever it is
-  
+
   size_t capacity() const;
-  size_t used() const;
+  size_t used() const;  // sum of pool_bytes of what is resident
   int64_t resident_count() const;
   int64_t evictions() const;
   int64_t fetches() const;
@@ -41,7 +47,6 @@ class AdapterPool {
  private:
   struct State;
   std::shared_ptr<State> state_;  // weights give their space back through it when the last holder lets go
-  friend class AdapterWeights;
 };
 
 }  // namespace loquetier

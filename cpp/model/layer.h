@@ -1,0 +1,80 @@
+// What forward, backward and heads share (private to cpp/model/): a fused linear with LoRA in both directions, one layer's forward,
+// and the scratch each of the three needs, carved by one function per phase so that sizing and running cannot disagree.
+#pragma once
+
+#include <cstdint>
+
+#include "model/model.h"
+
+namespace loquetier {
+
+// y = x W^T + bias, block by block into adjacent columns.                          x [T, in]; y [T, sum out]
+void base_linear(Ops& ops, const LinearWeights& weights, TensorView x, TensorView y);
+// dx = dy W, summed over the blocks.                                               dy [T, sum out]; dx [T, in]
+void base_linear_backward(Ops& ops, const LinearWeights& weights, TensorView dy, TensorView dx);
+
+// No adapter in the batch costs nothing: not one LoRA op is called then.
+inline bool any_lora(const LoraGroups& groups) { return groups.count > 0 && groups.max_rank > 0; }
+// True when some group has a gradient at this site: only then is the input of its A recomputed.
+bool trains_site(const LoraGroups& groups, int32_t site);
+
+// What one layer's forward needs of the batch, for rows [0, rows).
+struct LayerBatch {
+  int64_t rows = 0;
+  int64_t packed_rows = 0;
+  const LoraGroups* groups = nullptr;
+  const PackedBatch* packed = nullptr;
+  const PagedBatch* paged = nullptr;  // null: no rows with pages
+  const int32_t* kv_slots = nullptr;  // null: no row writes keys and values
+  TensorView cos_sin;                 // [rows, D] f32
+};
+
+// One layer over all rows. in: keep.x, norm = rms_norm(keep.x). Fills keep (qkv, attn, mid, gate_up, s, ...); norm becomes
+// rms_norm(keep.mid), act the swiglu output. delta [T, H] is the o projection on the way, and with `output` ends as what the layer
+// adds to keep.mid.
+void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weights, int64_t layer, const LayerBatch& batch,
+                   const LayerSaved& keep, KvLayer kv, const KvShape& kv_shape, TensorView norm, TensorView act, TensorView delta,
+                   bool output);
+
+// The heads of every chunk (heads.cpp). final_norm [T, H] is rms_norm(final_x); final_x and dx are used by train chunks only.
+void run_heads(Ops& ops, const ModelWeights& weights, const BatchView& batch, TensorView final_norm, TensorView final_x,
+               TensorView dx, Arena& scratch);
+
+// ---------------------------------------------------------------- scratch
+
+struct ForwardScratch {
+  TensorView norm;        // [T, H]  the normed residual stream; of the last layer: the heads' input
+  TensorView x;           // [T, H]  residual stream, when nothing is saved
+  TensorView cos_sin;     // [T, D] f32, when nothing is saved
+  size_t heads_mark = 0;  // from here on the layers' scratch is given to the heads
+  LayerSaved layer;       // one layer's buffers for all layers, unless each is saved
+  TensorView act;         // [T, F]
+  TensorView delta;       // [T, H]
+  static ForwardScratch carve(Arena& arena, const ModelConfig& config, DType dtype, int64_t rows, bool train, int64_t rank,
+                              Recompute recompute);
+};
+
+struct HeadScratch {
+  TensorView norm;    // [n, H]  head rows of final_norm; then its gradient
+  TensorView s;       // [n, R]
+  TensorView logits;  // [n, V] f32
+  // train chunks only
+  TensorView dlogits;  // [n, V] C; logits itself when C is f32
+  TensorView ds;       // [n, R]
+  TensorView x;        // [n, H]  head rows of final_x
+  TensorView dx;       // [n, H]
+  static HeadScratch carve(Arena& arena, const ModelConfig& config, DType dtype, int64_t rows, bool train, int64_t rank);
+};
+
+struct BackwardScratch {
+  LayerSaved layer;  // [n, ...] rerun of the layer; with Recompute::layer only
+  TensorView delta;  // [n, H]   likewise
+  TensorView wide;   // [n, max(F, (Q + 2K) D)]  swiglu output, then its gradient; later the gradient of qkv
+  TensorView norm;   // [n, H]   a norm's output, then its gradient
+  TensorView dattn;  // [n, Q D]
+  TensorView ds;     // [n, R]
+  static BackwardScratch carve(Arena& arena, const ModelConfig& config, DType dtype, int64_t train_rows, int64_t rank,
+                               Recompute recompute);
+};
+
+}  // namespace loquetier
