@@ -187,7 +187,7 @@ TEST(an_exception_in_any_phase_leaves_a_working_engine) {
     const auto before = flat(engine, "learner", "weights");
     const int64_t request = engine.submit_infer(prompt, {.adapter = "served", .sampling = greedy(10)});
     const int64_t lost = engine.submit_train("learner", examples(6, 2, 12));
-    Engine::Impl* inside = &EngineAccess::impl(engine);
+    auto* inside = &EngineAccess::impl(engine);
     inside->probe = [&](const char* now) {
       if (std::string(now) == phase) throw std::runtime_error("planted");
     };
@@ -214,7 +214,7 @@ TEST(an_exception_in_any_phase_leaves_a_working_engine) {
 TEST(an_exception_while_a_backward_is_cut_over_steps) {
   Engine engine(tiny_model(), small_options());
   engine.add_adapter("learner", lora(8, 2));
-  Engine::Impl& inside = EngineAccess::impl(engine);
+  auto& inside = EngineAccess::impl(engine);
   inside.budget.max_backward_layers = 1;
   const int64_t lost = engine.submit_train("learner", examples(6, 2, 12), with_optimizer());
   engine.step();
@@ -301,7 +301,7 @@ TEST(random_work_ends_every_id_once_and_gives_everything_back) {
   options.kv_cache_tokens = 160;
   options.adapter_pool_bytes = 90000;  // a few adapters at a time
   Engine engine(tiny_model(), options);
-  Engine::Impl& inside = EngineAccess::impl(engine);
+  auto& inside = EngineAccess::impl(engine);
   std::vector<std::string> names;
   std::set<int64_t> open;
   Outcome outcome;
