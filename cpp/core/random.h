@@ -34,8 +34,8 @@ LOQUETIER_HOST_DEVICE inline Philox4 philox(uint64_t key, uint64_t counter_low, 
   return {{c0, c1, c2, c3}};
 }
 
-// Uniform in (0, 1), never 0 or 1.
-LOQUETIER_HOST_DEVICE inline float uniform01(uint32_t bits) { return (static_cast<float>(bits >> 8) + 0.5f) * 0x1p-24f; }
+// Uniform in (0, 1), never 0 or 1: 23 bits, so that adding one half is exact (with 24 the largest value would round up to 1).
+LOQUETIER_HOST_DEVICE inline float uniform01(uint32_t bits) { return (static_cast<float>(bits >> 9) + 0.5f) * 0x1p-23f; }
 
 // Mixes one more word into a key (the finalizer of SplitMix64).
 LOQUETIER_HOST_DEVICE inline uint64_t mix_key(uint64_t key, uint64_t word) {

@@ -73,6 +73,9 @@ struct LoraLinear {
   int64_t out[kMaxParts] = {0, 0, 0};
 };
 
+// The `stream` of dropout_keep() for one part of one site: every backend draws the same mask.
+inline constexpr uint32_t dropout_stream(int32_t site, int32_t part) { return static_cast<uint32_t>(site) * 4 + static_cast<uint32_t>(part); }
+
 // ---------------------------------------------------------------- attention tables
 
 // Keys and values of one layer in pages: [pages, P, K, D] C each.
