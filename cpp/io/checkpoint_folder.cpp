@@ -54,7 +54,9 @@ CheckpointTensors open_checkpoint(const fs::path& folder) {
                           : pickled                          ? "pytorch_model.bin only: save it again with safe_serialization=True"
                                                              : "neither"));
   }
-  for (const auto& [file_name, names] : read_index(index)) {
+  for (const auto& shard_names : read_index(index)) {
+    const std::string& file_name = shard_names.first;
+    const std::set<std::string>& names = shard_names.second;
     const fs::path path = folder / file_name;
     require<NotFound>(fs::exists(path, ignored), "[checkpoint] ", path.string(), ": no such file, but ", index.filename().string(),
                       " lists it");

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <set>
 
 namespace loquetier {
 
@@ -60,40 +61,31 @@ std::vector<float> read_values(const TensorEntry& tensor, const std::string& whe
 
 std::string peft_key(const ModuleInfo& module, char ab) { return peft_prefix(module.name) + ".lora_" + ab + ".weight"; }
 
-PeftAdapter load_peft_folder(const fs::path& folder, const ModelConfig& model, int max_rank) {
-  const fs::path config_path = folder / kConfigFile, weights_path = folder / kWeightsFile;
+PeftAdapter parse_peft_adapter(LoraConfig config, const SafetensorsFile& file, const std::string& where, const ModelConfig& model,
+                               int max_rank) {
   PeftAdapter adapter;
-  adapter.config = parse_peft_config(read_text_file(config_path, 4u << 20), config_path.string());
+  adapter.config = std::move(config);
   adapter.targets = resolve_lora_config(adapter.config, model, max_rank);
 
-  std::error_code ignored;
-  if (!fs::exists(weights_path, ignored) && fs::exists(folder / "adapter_model.bin", ignored)) {
-    throw InvalidArgument(concat("[lora] ", folder.string(),
-                                 ": adapter_model.bin: pickled weights are not read; save the adapter again with "
-                                 "safe_serialization=True, which gives ",
-                                 kWeightsFile));
-  }
-  const SafetensorsFile file = SafetensorsFile::open(weights_path);
-  const std::string where = weights_path.string();
-
   // Every tensor that belongs there, then nothing else; the values last.
-  std::map<std::string, bool> expected;  // name -> may be missing
+  std::set<std::string> expected;
   for (const LoraTarget& target : adapter.targets) {
     const std::string a = peft_key(target.module, 'A'), b = peft_key(target.module, 'B');
     check_shape(file.at(a), target.rank, target.module.in, where);
     check_shape(file.at(b), target.module.out, target.rank, where);
-    expected.insert({{a, false}, {b, false}});
+    expected.insert({a, b});
     const std::string copy = peft_prefix(target.module.name) + kBaseCopySuffix;
     if (target.module.layer >= 0 || !file.tensors().count(copy)) continue;
     check_shape(file.at(copy), target.module.out, target.module.in, where);
-    expected.insert({copy, true});
+    expected.insert(copy);
     adapter.base_copies.push_back({file.at(copy), target.module, file.mapping()});
   }
-  for (const auto& [name, tensor] : file.tensors())
-    if (!expected.count(name))
-      throw FormatError(concat("[lora] ", where, ": '", name, "': an unexpected tensor: ", explain_stranger(name, model)));
-  for (const auto& [name, dtype] : file.unsupported())
+  const auto check_expected = [&](const std::string& name) {
+    if (expected.count(name)) return;
     throw FormatError(concat("[lora] ", where, ": '", name, "': an unexpected tensor: ", explain_stranger(name, model)));
+  };
+  for (const auto& [name, tensor] : file.tensors()) check_expected(name);
+  for (const auto& [name, dtype] : file.unsupported()) check_expected(name);
 
   adapter.stored_dtype = file.at(peft_key(adapter.targets.front().module, 'A')).dtype;
   for (const LoraTarget& target : adapter.targets) {
@@ -103,6 +95,19 @@ PeftAdapter load_peft_folder(const fs::path& folder, const ModelConfig& model, i
     adapter.weights.b.push_back(read_values(b, where));
   }
   return adapter;
+}
+
+PeftAdapter load_peft_folder(const fs::path& folder, const ModelConfig& model, int max_rank) {
+  const fs::path config_path = folder / kConfigFile, weights_path = folder / kWeightsFile;
+  LoraConfig config = parse_peft_config(read_text_file(config_path, 4u << 20), config_path.string());
+  std::error_code ignored;
+  if (!fs::exists(weights_path, ignored) && fs::exists(folder / "adapter_model.bin", ignored)) {
+    throw InvalidArgument(concat("[lora] ", folder.string(),
+                                 ": adapter_model.bin: pickled weights are not read; save the adapter again with "
+                                 "safe_serialization=True, which gives ",
+                                 kWeightsFile));
+  }
+  return parse_peft_adapter(std::move(config), SafetensorsFile::open(weights_path), weights_path.string(), model, max_rank);
 }
 
 void check_base_copy(const BaseCopy& copy, TensorView weight) {

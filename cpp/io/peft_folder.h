@@ -57,6 +57,7 @@ struct PeftAdapter {
 void check_base_copy(const BaseCopy& copy, TensorView weight);
 
 // FormatError / InvalidArgument / NotFound, naming file and key or tensor. Non-finite values are refused.
+PeftAdapter parse_peft_adapter(LoraConfig config, const SafetensorsFile& file, const std::string& where, const ModelConfig& model, int max_rank);
 PeftAdapter load_peft_folder(const std::filesystem::path& folder, const ModelConfig& model, int max_rank);
 // Text of an adapter_config.json; nothing is checked against a model.
 LoraConfig parse_peft_config(const std::string& json, const std::string& where);
