@@ -1,0 +1,137 @@
+// What every CUDA source shares: checked launches, dtype dispatch, 16-byte vectors, warp and block reductions.
+// Launches are checked where they are made and report the caller's line. Nothing here synchronises.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <source_location>
+#include <utility>
+
+#include "core/check.h"
+#include "core/tensor.h"
+#include "cuda_check.h"
+
+namespace loquetier::cuda {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+constexpr int kWarp = 32;
+
+// A kernel launch: Launch{grid, block, shared, stream}(kernel, args...). The location is the caller's.
+struct Launch {
+  dim3 grid;
+  dim3 block;
+  size_t shared = 0;
+  cudaStream_t stream = nullptr;
+  int cluster = 1;  // thread blocks of one cluster, along x
+  std::source_location where = std::source_location::current();
+
+  template <class... Params, class... Args>
+  void operator()(void (*kernel)(Params...), Args&&... args) const {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    if (shared > 48 * 1024) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+            "cudaFuncSetAttribute(shared memory)", where);
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    cudaLaunchAttribute attribute[1] = {};
+    attribute[0].id = cudaLaunchAttributeClusterDimension;
+    attribute[0].val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute[0].val.clusterDim.y = 1;
+    attribute[0].val.clusterDim.z = 1;
+    config.attrs = attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...), "kernel launch", where);
+    check_launch(stream, where);
+  }
+};
+
+// Calls f.operator()<T>() with the element type of the compute dtype.
+template <class F>
+void dispatch_half(DType dtype, F&& f) {
+  if (dtype == DType::bf16) f.template operator()<bf16>();
+  else f.template operator()<f16>();
+}
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+// True when every row of the view begins on 16 bytes and holds a whole number of 8-element vectors.
+inline bool rows_of_vectors(const TensorView& t) {
+  return aligned16(t.data) && t.cols % 8 == 0 && (t.ld * static_cast<int64_t>(size_of(t.dtype))) % 16 == 0;
+}
+
+// ---------------------------------------------------------------- elements
+
+__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(f16 x) { return __half2float(x); }
+__device__ inline float to_float(float x) { return x; }
+
+template <class T>
+__device__ T from_float(float x);
+template <>
+__device__ inline bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <>
+__device__ inline f16 from_float<f16>(float x) { return __float2half_rn(x); }
+template <>
+__device__ inline float from_float<float>(float x) { return x; }
+
+// N elements moved at once; N * sizeof(T) is at most 16 and the address is aligned to it.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T v[N];
+};
+
+template <class T, int N>
+__device__ inline Pack<T, N> load_pack(const T* p) { return *reinterpret_cast<const Pack<T, N>*>(p); }
+template <class T, int N>
+__device__ inline void store_pack(T* p, const Pack<T, N>& pack) { *reinterpret_cast<Pack<T, N>*>(p) = pack; }
+
+// ---------------------------------------------------------------- reductions, in a fixed order
+
+template <class V>
+__device__ inline V warp_sum(V x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+__device__ inline float warp_max(float x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+
+// Sum over the block, the same value in every thread. `shared` has one slot per warp; may be used again at once.
+template <class V>
+__device__ inline V block_sum(V x, V* shared) {
+  x = warp_sum(x);
+  const int warps = static_cast<int>(blockDim.x) / kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  if (warps == 1) return x;
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) shared[warp] = x;
+  __syncthreads();
+  V total = shared[0];
+  for (int i = 1; i < warps; ++i) total += shared[i];
+  return total;
+}
+
+__device__ inline float block_max(float x, float* shared) {
+  x = warp_max(x);
+  const int warps = static_cast<int>(blockDim.x) / kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  if (warps == 1) return x;
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) shared[warp] = x;
+  __syncthreads();
+  float total = shared[0];
+  for (int i = 1; i < warps; ++i) total = fmaxf(total, shared[i]);
+  return total;
+}
+
+}  // namespace loquetier::cuda

@@ -1,0 +1,141 @@
+// The CUDA backend's class. Each topic has its own file: device.cpp, cuda_ops.cpp (construction), linear.cpp, elementwise.cu, norm.cu,
+// rope.cu, lora_*.cu, attention.cpp (cuDNN) and attention_plain.cu (any shape), loss.cu, sampling.cu, adamw.cu.
+//
+// Every op runs on one stream, allocates nothing and waits for nothing, so it can be captured in a CUDA graph. Two things are made at first
+// use, outside of any capture: attention plans (cuDNN compiles them) and scratch that a larger problem than any before needs.
+#pragma once
+
+#include <cublasLt.h>
+#include <cuda_runtime.h>
+
+#include <memory>
+#include <string>
+#include <unordered_map>
+
+#include "core/memory.h"
+#include "ops/ops.h"
+
+namespace loquetier::cuda {
+
+class CudaDevice final : public Device {
+ public:
+  explicit CudaDevice(int index);
+  ~CudaDevice() override;
+  CudaDevice(const CudaDevice&) = delete;
+  CudaDevice& operator=(const CudaDevice&) = delete;
+
+  std::string name() const override { return "cuda:" + std::to_string(index_); }
+  void* allocate(size_t bytes) override;
+  void release(void* data) noexcept override;
+  void* allocate_host(size_t bytes) override;
+  void release_host(void* data) noexcept override;
+  void copy_to_device(void* dst, const void* host, size_t bytes) override;
+  void copy_to_host(void* host, const void* src, size_t bytes) override;
+  void copy_on_device(void* dst, const void* src, size_t bytes) override;
+  void zero(void* dst, size_t bytes) override;
+  void synchronize() override;
+  size_t free_bytes() const override;
+  bool host_addressable() const override { return false; }
+
+  cudaStream_t stream() const { return stream_; }
+  int processors() const { return processors_; }
+  void use() const;  // makes this device the calling thread's current one
+
+ private:
+  int index_ = 0;
+  int processors_ = 0;
+  cudaStream_t stream_ = nullptr;
+};
+
+// One product of cuBLASLt: what decides the algorithm. Rows are rounded up to a bucket, so nearby batch sizes share an entry.
+struct LinearKey {
+  int64_t rows, in, out, ld_x, ld_y;
+  int32_t y_dtype, bias, backward, accumulate, alignment;
+  bool operator==(const LinearKey&) const = default;
+};
+struct LinearKeyHash {
+  size_t operator()(const LinearKey& key) const;
+};
+
+// Device scratch that grows when a larger problem than any before comes (never in the steady state).
+class Scratch {
+ public:
+  explicit Scratch(CudaDevice& device) : device_(device) {}
+  void* get(size_t bytes);
+
+ private:
+  CudaDevice& device_;
+  Buffer buffer_;
+};
+
+class AttentionPlans;  // attention.cpp: cuDNN's plans; null where cuDNN is not to be had
+
+class CudaOps final : public Ops {
+ public:
+  CudaOps(int device, DType compute_dtype, bool deterministic);
+  ~CudaOps() override;
+
+  Device& device() override { return device_; }
+  DType compute_dtype() const override { return dtype_; }
+
+  void embedding(const int32_t* ids, TensorView table, TensorView y) override;
+  void gather_rows(TensorView x, const int32_t* index, TensorView y) override;
+  void scatter_add_rows(TensorView x, const int32_t* index, TensorView y) override;
+  void add(TensorView x, TensorView y) override;
+  void convert(TensorView src, TensorView dst) override;
+
+  void linear(TensorView x, TensorView w, TensorView bias, TensorView y) override;
+  void linear_backward(TensorView dy, TensorView w, TensorView dx, bool accumulate) override;
+
+  void lora_shrink(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) override;
+  void lora_expand(const LoraLinear& linear, const LoraGroups& groups, TensorView s, TensorView y) override;
+  void lora_backward_s(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView ds) override;
+  void lora_backward_x(const LoraLinear& linear, const LoraGroups& groups, TensorView ds, TensorView dx) override;
+  void lora_backward_weights(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
+                             TensorView ds) override;
+
+  void rms_norm(TensorView x, TensorView w, float eps, TensorView y) override;
+  void add_rms_norm(TensorView x, TensorView delta, TensorView w, float eps, TensorView sum, TensorView y) override;
+  void rms_norm_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx) override;
+
+  void rope_table(const int32_t* positions, const float* inv_freq, float attention_factor, TensorView cos_sin) override;
+  void rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
+            TensorView raw, const int32_t* kv_slots, KvLayer kv, const KvShape& kv_shape) override;
+  void rope_backward(TensorView dqkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
+                     TensorView raw) override;
+
+  void attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, const AttentionShape& shape,
+                       TensorView out) override;
+  void attention_packed(TensorView q, TensorView k, TensorView v, const PackedBatch& batch, const AttentionShape& shape, TensorView out,
+                        TensorView lse) override;
+  void attention_backward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dout,
+                          const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk, TensorView dv) override;
+
+  void swiglu(TensorView gate_up, TensorView y) override;
+  void swiglu_backward(TensorView gate_up, TensorView dy, TensorView dgate_up) override;
+
+  void token_loss(TensorView logits, const LossRow* rows, TensorView dlogits, float* logprob, float* loss) override;
+  void sample(TensorView logits, const SampleBatch& batch, int32_t* ids, float* logprob, TensorView top_ids,
+              TensorView top_logprobs) override;
+
+  void grad_norm(const AdamBatch& batch, float* norm) override;
+  void adamw(const AdamBatch& batch, const float* norm) override;
+
+ private:
+  void matmul(const LinearKey& key, const void* x, const void* w, const void* bias, void* y, int64_t rows);
+  cudaStream_t stream() const { return device_.stream(); }
+
+  CudaDevice device_;
+  DType dtype_;
+  bool deterministic_;
+  cublasLtHandle_t blas_ = nullptr;
+  Buffer blas_workspace_;
+  std::unordered_map<LinearKey, cublasLtMatmulAlgo_t, LinearKeyHash> linear_algorithms_;
+  Scratch sample_scratch_;   // logits of tokens that bias or penalties change
+  Scratch norm_scratch_;     // partial sums of gradient norms
+  Scratch lora_scratch_;     // partial sums of dA, dB
+  Scratch attention_scratch_;
+  std::unique_ptr<AttentionPlans> attention_plans_;
+};
+
+}  // namespace loquetier::cuda

@@ -1,0 +1,159 @@
+// Memory and ordering of one GPU, and the checking functions. One non-blocking stream per device object: every copy and every op of
+// its Ops is ordered on it.
+#include <cstdlib>
+
+#include "core/check.h"
+#include "cuda_check.h"
+#include "cuda_ops.h"
+
+namespace loquetier::cuda {
+
+namespace {
+
+std::string place(const std::source_location& where) {
+  const std::string path = where.file_name();
+  return concat(path.substr(path.find_last_of('/') + 1), ":", where.line());
+}
+
+// Makes a device current for the calling thread and gives the former one back.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int index) {
+    cudaGetDevice(&before_);
+    if (before_ != index) check(cudaSetDevice(index), "cudaSetDevice");
+  }
+  ~CurrentDevice() { cudaSetDevice(before_); }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+}  // namespace
+
+void check(cudaError_t status, const char* call, std::source_location where) {
+  if (status == cudaSuccess) [[likely]] return;
+  (void)cudaGetLastError();  // so that a later, unrelated call does not report this one again
+  const std::string text = concat("[cuda] ", call, " at ", place(where), ": ", cudaGetErrorName(status), ": ", cudaGetErrorString(status));
+  if (status == cudaErrorMemoryAllocation) throw OutOfMemory(text);
+  throw DeviceError(text);
+}
+
+void check(cublasStatus_t status, const char* call, std::source_location where) {
+  if (status == CUBLAS_STATUS_SUCCESS) [[likely]] return;
+  throw DeviceError(concat("[cuda] ", call, " at ", place(where), ": ", cublasLtGetStatusName(status)));
+}
+
+void check_launch(cudaStream_t stream, std::source_location where) {
+  static const bool synchronize = std::getenv("LOQUETIER_CUDA_SYNC") != nullptr;
+  if (synchronize) check(cudaStreamSynchronize(stream), "kernel", where);
+}
+
+void expect(const char* op, const char* tensor, const TensorView& view, DType dtype, int64_t rows, int64_t cols) {
+  const bool shape = (rows < 0 || view.rows == rows) && (cols < 0 || view.cols == cols);
+  if (shape && view.dtype == dtype && view.ld >= view.cols && (view.data != nullptr || view.size() == 0)) [[likely]] return;
+  const auto number = [](int64_t n) { return n < 0 ? std::string("any") : std::to_string(n); };
+  throw InvalidArgument(concat("[", op, "] ", tensor, ": expected [", number(rows), ", ", number(cols), "] ", name_of(dtype),
+                               " with rows at least that far apart, got ", view.data == nullptr ? "no data, " : "", "[", view.rows, ", ",
+                               view.cols, "] ", name_of(view.dtype), ", ld ", view.ld));
+}
+
+void expect_vector(const char* op, const char* tensor, const TensorView& view, DType dtype, int64_t n, bool optional) {
+  if (optional && view.data == nullptr) return;
+  if (view.size() == n && view.dtype == dtype && view.contiguous() && (view.data != nullptr || n == 0)) [[likely]] return;
+  throw InvalidArgument(concat("[", op, "] ", tensor, ": expected [", n, "] ", name_of(dtype), ", got ",
+                               view.data == nullptr ? "no data, " : "", "[", view.rows, ", ", view.cols, "] ", name_of(view.dtype)));
+}
+
+CudaDevice::CudaDevice(int index) : index_(index) {
+  int count = 0;
+  check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+  require<DeviceError>(index >= 0 && index < count, "[cuda] device: expected 0 .. ", count - 1, ", got ", index);
+  check(cudaSetDevice(index), "cudaSetDevice");
+  cudaDeviceProp properties = {};
+  check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+  require<DeviceError>(properties.major == 9, "[cuda] device ", index, " (", properties.name,
+                       "): expected compute capability 9.0 (Hopper), got ", properties.major, ".", properties.minor);
+  processors_ = properties.multiProcessorCount;
+  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+}
+
+CudaDevice::~CudaDevice() {
+  cudaSetDevice(index_);
+  cudaStreamSynchronize(stream_);
+  cudaStreamDestroy(stream_);
+}
+
+void CudaDevice::use() const { check(cudaSetDevice(index_), "cudaSetDevice"); }
+
+void* CudaDevice::allocate(size_t bytes) {
+  const CurrentDevice current(index_);
+  void* data = nullptr;
+  const cudaError_t status = cudaMalloc(&data, bytes);
+  if (status == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();
+    throw OutOfMemory(concat("[cuda] ", name(), ": expected room for ", bytes, " bytes, ", free_bytes(), " are free"));
+  }
+  check(status, "cudaMalloc");
+  return data;
+}
+
+void CudaDevice::release(void* data) noexcept {
+  int before = 0;
+  cudaGetDevice(&before);
+  cudaSetDevice(index_);
+  cudaFree(data);
+  cudaSetDevice(before);
+}
+
+void* CudaDevice::allocate_host(size_t bytes) {
+  const CurrentDevice current(index_);
+  void* data = nullptr;
+  const cudaError_t status = cudaMallocHost(&data, bytes);
+  if (status == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();
+    throw OutOfMemory(concat("[cuda] expected ", bytes, " bytes of pinned host memory, the system has too little"));
+  }
+  check(status, "cudaMallocHost");
+  return data;
+}
+
+void CudaDevice::release_host(void* data) noexcept { cudaFreeHost(data); }
+
+void CudaDevice::copy_to_device(void* dst, const void* host, size_t bytes) {
+  if (bytes > 0) check(cudaMemcpyAsync(dst, host, bytes, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync(to device)");
+}
+
+void CudaDevice::copy_to_host(void* host, const void* src, size_t bytes) {
+  if (bytes > 0) check(cudaMemcpyAsync(host, src, bytes, cudaMemcpyDeviceToHost, stream_), "cudaMemcpyAsync(to host)");
+  check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+}
+
+void CudaDevice::copy_on_device(void* dst, const void* src, size_t bytes) {
+  if (bytes > 0) check(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, stream_), "cudaMemcpyAsync(on device)");
+}
+
+void CudaDevice::zero(void* dst, size_t bytes) {
+  if (bytes > 0) check(cudaMemsetAsync(dst, 0, bytes, stream_), "cudaMemsetAsync");
+}
+
+void CudaDevice::synchronize() { check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"); }
+
+size_t CudaDevice::free_bytes() const {
+  const CurrentDevice current(index_);
+  size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  return free;
+}
+
+void* Scratch::get(size_t bytes) {
+  if (bytes > buffer_.bytes()) {
+    device_.synchronize();  // work under way may still use the old block
+    buffer_ = Buffer();
+    buffer_ = Buffer(device_, bytes + bytes / 4);
+  }
+  return buffer_.data();
+}
+
+}  // namespace loquetier::cuda

@@ -1,0 +1,176 @@
+// Plain products through cuBLASLt, and construction of the backend. cuBLASLt is column-major, so a row-major y [T, N] is its N x T matrix:
+//   forward   y^T [N, T] = w (stored K x N, transposed) * x^T [K, T]        backward   dx^T [K, T] = w^T (K x N, as stored) * dy^T [N, T]
+// Algorithms come from cuBLASLt's heuristic, once per shape with the rows rounded up to a bucket. In deterministic mode the rows that the
+// heuristic sees are always the same and split sums are refused, so a row's value does not depend on how many rows are beside it.
+#include <algorithm>
+#include <memory>
+
+#include "attention_plans.h"
+#include "core/check.h"
+#include "cuda_check.h"
+#include "cuda_ops.h"
+
+namespace loquetier::cuda {
+
+namespace {
+
+constexpr size_t kBlasWorkspace = size_t{32} << 20;  // what cuBLAS recommends for Hopper
+constexpr int64_t kDeterministicRows = 2048;
+
+cudaDataType_t cuda_type(DType dtype) {
+  switch (dtype) {
+    case DType::bf16: return CUDA_R_16BF;
+    case DType::f16: return CUDA_R_16F;
+    default: return CUDA_R_32F;
+  }
+}
+
+// Rows the heuristic is asked about. Exact at decode sizes, where one tile more or less shows; coarse above.
+int64_t bucket_of(int64_t rows) {
+  if (rows <= 16) return rows;
+  const int64_t step = rows <= 256 ? 16 : rows <= 2048 ? 128 : 1024;
+  return (rows + step - 1) / step * step;
+}
+
+int32_t alignment_of(const void* pointer, int64_t ld, DType dtype) {
+  const uint64_t bits = reinterpret_cast<uintptr_t>(pointer) | (static_cast<uint64_t>(ld) * size_of(dtype)) | 256u;
+  return static_cast<int32_t>(bits & (~bits + 1));
+}
+
+// cuBLASLt descriptors with their destroyers.
+template <class Handle, cublasStatus_t (*destroy)(Handle)>
+struct Destroyer {
+  using pointer = Handle;
+  void operator()(Handle handle) const { destroy(handle); }
+};
+using Layout = std::unique_ptr<void, Destroyer<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy>>;
+using Description = std::unique_ptr<void, Destroyer<cublasLtMatmulDesc_t, cublasLtMatmulDescDestroy>>;
+using Preference = std::unique_ptr<void, Destroyer<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy>>;
+
+Layout layout(DType dtype, int64_t rows, int64_t cols, int64_t ld) {
+  cublasLtMatrixLayout_t handle = nullptr;
+  check(cublasLtMatrixLayoutCreate(&handle, cuda_type(dtype), static_cast<uint64_t>(rows), static_cast<uint64_t>(cols), ld),
+        "cublasLtMatrixLayoutCreate");
+  return Layout(handle);
+}
+
+template <class V>
+void set(cublasLtMatmulDesc_t description, cublasLtMatmulDescAttributes_t attribute, const V& value) {
+  check(cublasLtMatmulDescSetAttribute(description, attribute, &value, sizeof(value)), "cublasLtMatmulDescSetAttribute");
+}
+
+template <class V>
+void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t attribute, const V& value) {
+  check(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(value)), "cublasLtMatmulPreferenceSetAttribute");
+}
+
+}  // namespace
+
+size_t LinearKeyHash::operator()(const LinearKey& key) const {
+  size_t hash = 0;
+  const auto mix = [&](int64_t value) { hash = (hash ^ static_cast<size_t>(value)) * 0x9E3779B97F4A7C15u + (hash >> 29); };
+  for (const int64_t value : {key.rows, key.in, key.out, key.ld_x, key.ld_y}) mix(value);
+  for (const int32_t value : {key.y_dtype, key.bias, key.backward, key.accumulate, key.alignment}) mix(value);
+  return hash;
+}
+
+CudaOps::CudaOps(int device, DType compute_dtype, bool deterministic)
+    : device_(device),
+      dtype_(compute_dtype),
+      deterministic_(deterministic),
+      sample_scratch_(device_),
+      norm_scratch_(device_),
+      lora_scratch_(device_),
+      attention_scratch_(device_) {
+  require(dtype_ == DType::bf16 || dtype_ == DType::f16, "[cuda] compute dtype: expected bf16 or f16, got ", name_of(dtype_));
+  blas_workspace_ = Buffer(device_, kBlasWorkspace);
+  check(cublasLtCreate(&blas_), "cublasLtCreate");
+  attention_plans_ = AttentionPlans::make(device_, dtype_, deterministic_);
+}
+
+CudaOps::~CudaOps() {
+  cudaStreamSynchronize(stream());
+  if (blas_ != nullptr) cublasLtDestroy(blas_);
+}
+
+// y^T = op(w) x^T for `rows` columns of x^T; key.rows is already the bucket.
+void CudaOps::matmul(const LinearKey& key, const void* x, const void* w, const void* bias, void* y, int64_t rows) {
+  const DType y_dtype = static_cast<DType>(key.y_dtype);
+  const int64_t k = key.backward ? key.out : key.in, m = key.backward ? key.in : key.out;  // y^T [m, rows], sum over k
+  cublasLtMatmulDesc_t handle = nullptr;
+  check(cublasLtMatmulDescCreate(&handle, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
+  const Description description(handle);
+  const cublasOperation_t op_w = key.backward ? CUBLAS_OP_N : CUBLAS_OP_T;
+  set(handle, CUBLASLT_MATMUL_DESC_TRANSA, op_w);
+  if (bias != nullptr) {
+    set(handle, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+    set(handle, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+    set(handle, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, cuda_type(dtype_));
+  }
+  const Layout w_layout = layout(dtype_, key.in, key.out, key.in), x_layout = layout(dtype_, k, rows, key.ld_x),
+               y_layout = layout(y_dtype, m, rows, key.ld_y);
+
+  auto found = linear_algorithms_.find(key);
+  if (found == linear_algorithms_.end()) {
+    const Layout x_bucket = layout(dtype_, k, key.rows, key.ld_x), y_bucket = layout(y_dtype, m, key.rows, key.ld_y);
+    cublasLtMatmulPreference_t raw = nullptr;
+    check(cublasLtMatmulPreferenceCreate(&raw), "cublasLtMatmulPreferenceCreate");
+    const Preference preference(raw);
+    set(raw, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kBlasWorkspace);
+    const uint32_t alignment = static_cast<uint32_t>(key.alignment);
+    for (const auto attribute : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                                 CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
+      set(raw, attribute, alignment);
+    }
+    if (deterministic_) set(raw, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
+    cublasLtMatmulHeuristicResult_t result = {};
+    int results = 0;
+    check(cublasLtMatmulAlgoGetHeuristic(blas_, handle, w_layout.get(), x_bucket.get(), y_bucket.get(), y_bucket.get(), raw, 1, &result,
+                                         &results),
+          "cublasLtMatmulAlgoGetHeuristic");
+    require<DeviceError>(results > 0, "[linear] cuBLASLt has no algorithm for x [", rows, ", ", k, "] ", name_of(dtype_), " and y [", rows,
+                         ", ", m, "] ", name_of(y_dtype));
+    found = linear_algorithms_.emplace(key, result.algo).first;
+  }
+  const float alpha = 1, beta = key.accumulate ? 1.0f : 0.0f;
+  check(cublasLtMatmul(blas_, handle, &alpha, w, w_layout.get(), x, x_layout.get(), &beta, y, y_layout.get(), y, y_layout.get(),
+                       &found->second, blas_workspace_.data(), kBlasWorkspace, stream()),
+        "cublasLtMatmul");
+}
+
+void CudaOps::linear(TensorView x, TensorView w, TensorView bias, TensorView y) {
+  expect("linear", "x", x, dtype_, -1, -1);
+  expect("linear", "w", w, dtype_, -1, x.cols);
+  require(w.contiguous(), "[linear] w: expected contiguous rows, got ld ", w.ld, " for ", w.cols, " columns");
+  expect_vector("linear", "bias", bias, dtype_, w.rows, true);
+  expect("linear", "y", y, y.dtype == DType::f32 ? DType::f32 : dtype_, x.rows, w.rows);
+  require(bias.data == nullptr || y.dtype == dtype_, "[linear] y: expected ", name_of(dtype_), " with a bias, got ", name_of(y.dtype));
+  if (x.rows == 0 || w.rows == 0) return;
+  device_.use();
+  const int32_t alignment = std::min({alignment_of(x.data, x.ld, dtype_), alignment_of(w.data, w.cols, dtype_),
+                                      alignment_of(y.data, y.ld, y.dtype)});
+  const LinearKey key = {deterministic_ ? kDeterministicRows : bucket_of(x.rows), x.cols, w.rows, x.ld, y.ld,
+                         static_cast<int32_t>(y.dtype), bias.data != nullptr, 0, 0, alignment};
+  matmul(key, x.data, w.data, bias.data, y.data, x.rows);
+}
+
+void CudaOps::linear_backward(TensorView dy, TensorView w, TensorView dx, bool accumulate) {
+  expect("linear_backward", "dy", dy, dtype_, -1, -1);
+  expect("linear_backward", "w", w, dtype_, dy.cols, -1);
+  require(w.contiguous(), "[linear_backward] w: expected contiguous rows, got ld ", w.ld, " for ", w.cols, " columns");
+  expect("linear_backward", "dx", dx, dtype_, dy.rows, w.cols);
+  if (dy.rows == 0 || w.cols == 0) return;
+  device_.use();
+  const int32_t alignment = std::min({alignment_of(dy.data, dy.ld, dtype_), alignment_of(w.data, w.cols, dtype_),
+                                      alignment_of(dx.data, dx.ld, dtype_)});
+  const LinearKey key = {deterministic_ ? kDeterministicRows : bucket_of(dy.rows), w.cols, w.rows, dy.ld, dx.ld,
+                         static_cast<int32_t>(dtype_), 0, 1, accumulate ? 1 : 0, alignment};
+  matmul(key, dy.data, w.data, nullptr, dx.data, dy.rows);
+}
+
+}  // namespace loquetier::cuda
+
+extern "C" __attribute__((visibility("default"))) loquetier::Ops* loquetier_make_cuda_ops(int device, int compute_dtype,
+                                                                                          int deterministic) {
+  return new loquetier::cuda::CudaOps(device, static_cast<loquetier::DType>(compute_dtype), deterministic != 0);
+}

@@ -1,0 +1,136 @@
+// What the LoRA kernels share: finding the tile of a block, fragments of the tensor-core product m16n8k16, and loads that keep to the true rank.
+//
+// Fragments of m16n8k16 (g = lane / 4, q = lane % 4), 16-bit operands, f32 sums:
+//   a[0] (m g, k 2q..2q+1)   a[1] (m g+8, k 2q..)   a[2] (m g, k 2q+8..)   a[3] (m g+8, k 2q+8..)
+//   b[0] (k 2q..2q+1, n g)   b[1] (k 2q+8.., n g)
+//   c[0] (m g, n 2q)  c[1] (m g, n 2q+1)  c[2] (m g+8, n 2q)  c[3] (m g+8, n 2q+1)
+// The order of k inside a product is free as long as both operands agree, and so is which row or column a slot of m or n stands for. The kernels
+// use that to read and write 16 bytes a lane straight from global memory: no shared-memory staging. Where an operand lies with the wrong side
+// contiguous, 8 x 8 blocks are transposed in registers (movmatrix).
+#pragma once
+
+#include "common.cuh"
+#include "core/random.h"
+#include "lora_call.h"
+#include "ops/ops.h"
+
+namespace loquetier::cuda {
+
+constexpr int kLoraThreads = 256;
+constexpr int kLoraWarps = kLoraThreads / kWarp;
+constexpr int kMaxCluster = 8;
+
+struct Tile {
+  int group = -1;
+  int64_t row = 0;  // first row
+  int rows = 0;
+};
+
+// Tile `index` when every group with an adapter is cut into tiles of `tile_rows`. All lanes of a warp call it together.
+__device__ inline Tile find_tile(const LoraCall& call, int tile_rows, int index) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int base = 0; base < call.count; base += kWarp) {
+    const int g = base + lane;
+    int tiles = 0;
+    if (g < call.count && call.groups[g].sites != nullptr) tiles = (call.groups[g].rows + tile_rows - 1) / tile_rows;
+    int sum = tiles;
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const int below = __shfl_up_sync(0xffffffffu, sum, offset);
+      if (lane >= offset) sum += below;
+    }
+    const unsigned hit = __ballot_sync(0xffffffffu, index < sum);
+    if (hit != 0) {
+      const int winner = __ffs(static_cast<int>(hit)) - 1;
+      const int first = __shfl_sync(0xffffffffu, sum - tiles, winner);
+      const LoraGroup& group = call.groups[base + winner];
+      const int begin = (index - first) * tile_rows;
+      return {base + winner, int64_t{group.row_begin} + begin, min(tile_rows, group.rows - begin)};
+    }
+    index -= __shfl_sync(0xffffffffu, sum, kWarp - 1);
+  }
+  return {};
+}
+
+// ---------------------------------------------------------------- products
+
+template <class T>
+__device__ inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+// The transposed 8 x 8 block: lane (g, q) gives row g, columns 2q and 2q + 1, and gets row g of the transposed one.
+__device__ inline uint32_t transpose(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// ---------------------------------------------------------------- loads of 16-bit elements, zero outside [0, n)
+
+__device__ inline uint32_t element(const void* p, int64_t i) { return static_cast<const uint16_t*>(p)[i]; }
+
+// Two neighbours, i and i + 1.
+__device__ inline uint32_t load2(const void* p, int64_t i, int64_t n, bool vectors) {
+  if (i >= n) return 0;
+  if (vectors) return *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p) + i);  // n is even
+  return element(p, i) | (i + 1 < n ? element(p, i + 1) << 16 : 0u);
+}
+// Four neighbours; with `vectors` n is a multiple of 4 and the address of 8 bytes.
+__device__ inline uint2 load4(const void* p, int64_t i, int64_t n, bool vectors) {
+  if (i >= n) return {0, 0};
+  if (vectors) return *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p) + i);
+  return {load2(p, i, n, false), load2(p, i + 2, n, false)};
+}
+// Eight neighbours; with `vectors` n is a multiple of 8 and the address of 16 bytes.
+__device__ inline uint4 load8(const void* p, int64_t i, int64_t n, bool vectors) {
+  if (i >= n) return {0, 0, 0, 0};
+  if (vectors) return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + i);
+  return {load2(p, i, n, false), load2(p, i + 2, n, false), load2(p, i + 4, n, false), load2(p, i + 6, n, false)};
+}
+
+// Whether rows `ld` elements apart, from p on, all begin on a multiple of `elements` elements.
+__device__ inline bool in_vectors(const void* p, int64_t ld, int elements) {
+  return reinterpret_cast<uintptr_t>(p) % (static_cast<unsigned>(elements) * 2) == 0 && ld % elements == 0;
+}
+
+template <class T>
+__device__ inline uint32_t pack2(float low, float high) {
+  const T a = from_float<T>(low), b = from_float<T>(high);
+  return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&a)) | static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&b)) << 16;
+}
+template <class T>
+__device__ inline float low_float(uint32_t x) {
+  const uint16_t bits = static_cast<uint16_t>(x);
+  return to_float(*reinterpret_cast<const T*>(&bits));
+}
+template <class T>
+__device__ inline float high_float(uint32_t x) { return low_float<T>(x >> 16); }
+
+// ---------------------------------------------------------------- dropout
+
+// Keep-bits of columns [column, column + 8) of a row, column a multiple of 4; the same bits as dropout_keep().
+__device__ inline uint32_t keep8(uint64_t key, uint32_t stream, int64_t column, float p) {
+  uint32_t bits = 0;
+  for (int half = 0; half < 2; ++half) {
+    const Philox4 random = philox(key, static_cast<uint64_t>(column) / 4 + static_cast<uint64_t>(half), stream);
+    for (int i = 0; i < 4; ++i) bits |= uniform01(random.v[i]) >= p ? 1u << (half * 4 + i) : 0u;
+  }
+  return bits;
+}
+// Zeroes the dropped ones of eight elements.
+__device__ inline uint4 masked(uint4 x, uint32_t keep) {
+  const auto word = [&](uint32_t w, int i) {
+    return w & ((keep >> (2 * i) & 1u ? 0x0000ffffu : 0u) | (keep >> (2 * i + 1) & 1u ? 0xffff0000u : 0u));
+  };
+  return {word(x.x, 0), word(x.y, 1), word(x.z, 2), word(x.w, 3)};
+}
+
+}  // namespace loquetier::cuda

@@ -1,0 +1,48 @@
+// Checks and counts on the host that every LoRA op shares.
+#include <algorithm>
+
+#include "core/check.h"
+#include "lora_call.h"
+
+namespace loquetier::cuda {
+
+LoraCall lora_call(const char* op, const LoraLinear& linear, const LoraGroups& groups, int64_t rows) {
+  require(linear.parts >= 1 && linear.parts <= kMaxParts, "[", op, "] linear: expected 1 .. ", kMaxParts, " parts, got ", linear.parts);
+  LoraCall call;
+  call.groups = groups.groups;
+  call.count = groups.count;
+  call.site = linear.site;
+  call.parts = linear.parts;
+  call.in = linear.in;
+  call.row_keys = groups.row_keys;
+  for (int p = 0; p < linear.parts; ++p) {
+    call.out[p] = linear.out[p];
+    call.stream[p] = dropout_stream(linear.site, p);
+  }
+  for (int32_t g = 0; g < groups.count; ++g) {
+    const LoraGroup& group = groups.host_groups[g];
+    require(group.row_begin >= 0 && group.rows >= 0 && int64_t{group.row_begin} + group.rows <= rows, "[", op, "] group ", g,
+            ": expected rows inside [0, ", rows, "), got ", group.row_begin, " + ", group.rows);
+    if (group.sites == nullptr || group.rows == 0) continue;
+    int32_t rank = 0;
+    for (int p = 0; p < linear.parts; ++p) rank += group.host_sites[linear.site].part[p].rank;
+    require(rank <= groups.max_rank, "[", op, "] group ", g, ": expected ranks that add up to at most ", groups.max_rank, ", got ", rank);
+    require(group.dropout == 0 || groups.row_keys != nullptr, "[", op, "] group ", g, ": expected row keys with a dropout of ", group.dropout,
+            ", got none");
+  }
+  return call;
+}
+
+TileCount count_tiles(const LoraGroups& groups, int tile_rows) {
+  TileCount count;
+  for (int32_t g = 0; g < groups.count; ++g) {
+    const LoraGroup& group = groups.host_groups[g];
+    if (group.sites == nullptr || group.rows == 0) continue;
+    count.tiles += (group.rows + tile_rows - 1) / tile_rows;
+    count.largest = std::max(count.largest, int64_t{group.rows});
+    count.dropout = count.dropout || group.dropout > 0;
+  }
+  return count;
+}
+
+}  // namespace loquetier::cuda

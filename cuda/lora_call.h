@@ -1,0 +1,38 @@
+// One LoRA call as the kernels get it, and the host's checks and counts before a launch (lora_call.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "ops/ops.h"
+
+namespace loquetier::cuda {
+
+struct LoraCall {
+  const LoraGroup* groups = nullptr;
+  int32_t count = 0;
+  int32_t site = 0;
+  int32_t parts = 0;
+  int64_t in = 0;
+  int64_t out[kMaxParts] = {};
+  const uint64_t* row_keys = nullptr;
+  uint32_t stream[kMaxParts] = {};  // of the dropout mask
+};
+
+// Checks groups against the rows they index, and ranks against max_rank.
+LoraCall lora_call(const char* op, const LoraLinear& linear, const LoraGroups& groups, int64_t rows);
+
+// All groups with an adapter, cut into tiles of `tile_rows`.
+struct TileCount {
+  int64_t tiles = 0;
+  int64_t largest = 0;   // rows of the largest group
+  bool dropout = false;  // any group has one
+};
+TileCount count_tiles(const LoraGroups& groups, int tile_rows);
+
+inline int64_t columns_of(const LoraLinear& linear) {
+  int64_t columns = 0;
+  for (int p = 0; p < linear.parts; ++p) columns += linear.out[p];
+  return columns;
+}
+
+}  // namespace loquetier::cuda

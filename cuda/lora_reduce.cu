@@ -1,0 +1,185 @@
+// lora_shrink and lora_backward_s: the products into rank columns (lora_reduce.cuh), one cluster per tile of a group's rows and per rank range.
+// Without dropout the parts' A matrices are one stacked matrix and X is read once; with it every part has its own mask.
+#include <algorithm>
+
+#include "cuda_ops.h"
+#include "lora_reduce.cuh"
+
+namespace loquetier::cuda {
+
+namespace {
+
+enum class Product { shrink, shrink_dropout, backward };
+
+struct ReduceArgs {
+  LoraCall call;
+  const void* p;
+  int64_t ld_p;
+  void* s;
+  int64_t ld_s;
+  int chunks;  // rank ranges of one product: grid.y = products * chunks
+};
+
+template <class T, int MT, int NT, Product kProduct>
+__global__ void __launch_bounds__(kLoraThreads) reduce_kernel(ReduceArgs a) {
+  extern __shared__ float shared[];
+  auto cluster = cooperative_groups::this_cluster();
+  const int cluster_size = static_cast<int>(cluster.num_blocks()), cluster_rank = static_cast<int>(cluster.block_rank());
+  const Tile tile = find_tile(a.call, NT * 8, static_cast<int>(blockIdx.x) / cluster_size);
+  if (tile.group < 0) return;
+  const LoraGroup& group = a.call.groups[tile.group];
+  if (kProduct != Product::backward && (group.dropout > 0) != (kProduct == Product::shrink_dropout)) return;
+  const LoraSite& site = group.sites[a.call.site];
+  const int chunk = static_cast<int>(blockIdx.y) % a.chunks, product = static_cast<int>(blockIdx.y) / a.chunks;
+
+  Reduction r;
+  r.ld_p = a.ld_p;
+  r.rows = tile.rows;
+  r.rank_begin = chunk * MT * 16;
+  r.k = a.call.in;
+  int s_column = 0;
+  float scale = 1;
+  int64_t p_column = 0;
+  if constexpr (kProduct == Product::shrink) {
+    for (int p = 0; p < a.call.parts; ++p) {
+      if (r.q == nullptr && site.part[p].rank > 0) r.q = site.part[p].a;
+      r.rank += site.part[p].rank;
+    }
+  } else {
+    for (int p = 0; p < product; ++p) {
+      s_column += site.part[p].rank;
+      p_column += a.call.out[p];
+    }
+    const LoraPart& part = site.part[product];
+    r.rank = part.rank;
+    if constexpr (kProduct == Product::backward) {
+      r.q = part.b;
+      r.k = a.call.out[product];
+      scale = part.scale;
+    } else {
+      p_column = 0;
+      r.q = part.a;
+      r.row_keys = a.call.row_keys + tile.row;
+      r.stream = a.call.stream[product];
+      r.dropout = group.dropout;
+      scale = 1.0f / (1.0f - group.dropout);
+    }
+  }
+  if (r.rank_begin >= r.rank) return;
+  r.p = static_cast<const uint16_t*>(a.p) + tile.row * a.ld_p + p_column;
+  reduce_k<T, MT, NT, kProduct == Product::shrink_dropout, kProduct == Product::backward>(r, cluster_rank, cluster_size, shared);
+
+  cluster.sync();
+  T* s = static_cast<T*>(a.s) + tile.row * a.ld_s + s_column + r.rank_begin;
+  for (int e = cluster_rank * kLoraThreads + static_cast<int>(threadIdx.x); e < MT * NT * 128; e += cluster_size * kLoraThreads) {
+    int rank, row;
+    reduce_place<NT>(e, rank, row);
+    const float total = cluster_total(cluster, shared, e, cluster_size);
+    if (row < tile.rows && r.rank_begin + rank < r.rank) s[row * a.ld_s + rank] = from_float<T>(total * scale);
+  }
+  cluster.sync();  // a block's sums stay until all have read them
+}
+
+struct Plan {
+  int cluster = 1;
+  int64_t tiles = 0;
+  bool small = false;  // every group has at most 8 rows
+};
+
+// Enough blocks to fill the device, as far as k allows. Deterministic: always the same split, so a row's sum never changes its order.
+Plan plan_of(const LoraGroups& groups, int64_t k, int products, int processors, bool deterministic) {
+  Plan plan;
+  const TileCount small = count_tiles(groups, 8);
+  plan.small = small.largest <= 8;
+  plan.tiles = plan.small ? small.tiles : count_tiles(groups, 64).tiles;
+  if (deterministic) {
+    plan.cluster = 4;
+    return plan;
+  }
+  const int64_t room = int64_t{processors} * (plan.small ? 2 : 1);
+  while (plan.cluster < kMaxCluster && plan.tiles * products * plan.cluster * 2 <= room && k > plan.cluster * kLoraWarps * 64) plan.cluster *= 2;
+  return plan;
+}
+
+template <class T, int MT, Product kProduct>
+void launch_reduce(const Plan& plan, const ReduceArgs& args, int products, cudaStream_t stream, std::source_location where) {
+  const int n_tiles = plan.small ? 1 : 8;
+  const Launch launch{dim3(static_cast<unsigned>(plan.tiles * plan.cluster), static_cast<unsigned>(products * args.chunks)),
+                      dim3(kLoraThreads), static_cast<size_t>(reduce_floats(MT, n_tiles)) * sizeof(float), stream, plan.cluster, where};
+  launch(plan.small ? reduce_kernel<T, MT, 1, kProduct> : reduce_kernel<T, MT, 8, kProduct>, args);
+}
+
+// Rank tiles of a block: as many as the largest rank needs, at most 64 ranks; larger ranks go in ranges.
+template <class T, Product kProduct>
+void launch_ranks(const Plan& plan, ReduceArgs args, int rank, int products, cudaStream_t stream,
+                  std::source_location where = std::source_location::current()) {
+  if (rank <= 16) {
+    args.chunks = 1;
+    launch_reduce<T, 1, kProduct>(plan, args, products, stream, where);
+  } else if (rank <= 48) {
+    args.chunks = 1;
+    launch_reduce<T, 3, kProduct>(plan, args, products, stream, where);
+  } else {
+    args.chunks = static_cast<int>(ceil_div(rank, 64));
+    launch_reduce<T, 4, kProduct>(plan, args, products, stream, where);
+  }
+}
+
+// Largest stacked rank of this site, and largest rank of one part, over the groups.
+void ranks_of(const LoraLinear& linear, const LoraGroups& groups, int& stacked, int& single) {
+  stacked = single = 0;
+  for (int32_t g = 0; g < groups.count; ++g) {
+    const LoraGroup& group = groups.host_groups[g];
+    if (group.sites == nullptr || group.rows == 0) continue;
+    int sum = 0;
+    for (int p = 0; p < linear.parts; ++p) {
+      const int rank = group.host_sites[linear.site].part[p].rank;
+      sum += rank;
+      single = std::max(single, rank);
+    }
+    stacked = std::max(stacked, sum);
+  }
+}
+
+}  // namespace
+
+void CudaOps::lora_shrink(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) {
+  expect("lora_shrink", "x", x, dtype_, -1, linear.in);
+  const LoraCall call = lora_call("lora_shrink", linear, groups, x.rows);
+  int stacked, single;
+  ranks_of(linear, groups, stacked, single);
+  if (stacked == 0 || x.rows == 0) return;
+  expect("lora_shrink", "s", s, dtype_, x.rows, -1);
+  require(s.cols >= stacked, "[lora_shrink] s: expected at least ", stacked, " columns, got ", s.cols);
+  device_.use();
+  const ReduceArgs args = {call, x.data, x.ld, s.data, s.ld, 1};
+  const bool dropout = count_tiles(groups, 8).dropout;
+  bool plain = false;
+  for (int32_t g = 0; g < groups.count; ++g) plain = plain || (groups.host_groups[g].sites != nullptr && groups.host_groups[g].dropout == 0);
+  dispatch_half(dtype_, [&]<class T>() {
+    if (plain) launch_ranks<T, Product::shrink>(plan_of(groups, linear.in, 1, device_.processors(), deterministic_), args, stacked, 1, stream());
+    if (dropout) {
+      launch_ranks<T, Product::shrink_dropout>(plan_of(groups, linear.in, linear.parts, device_.processors(), deterministic_), args, single,
+                                               linear.parts, stream());
+    }
+  });
+}
+
+void CudaOps::lora_backward_s(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView ds) {
+  expect("lora_backward_s", "dy", dy, dtype_, -1, columns_of(linear));
+  const LoraCall call = lora_call("lora_backward_s", linear, groups, dy.rows);
+  int stacked, single;
+  ranks_of(linear, groups, stacked, single);
+  if (stacked == 0 || dy.rows == 0) return;
+  expect("lora_backward_s", "ds", ds, dtype_, dy.rows, -1);
+  require(ds.cols >= stacked, "[lora_backward_s] ds: expected at least ", stacked, " columns, got ", ds.cols);
+  device_.use();
+  const ReduceArgs args = {call, dy.data, dy.ld, ds.data, ds.ld, 1};
+  const int64_t k = *std::max_element(linear.out, linear.out + linear.parts);
+  dispatch_half(dtype_, [&]<class T>() {
+    launch_ranks<T, Product::backward>(plan_of(groups, k, linear.parts, device_.processors(), deterministic_), args, single, linear.parts,
+                                       stream());
+  });
+}
+
+}  // namespace loquetier::cuda

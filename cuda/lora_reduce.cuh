@@ -1,0 +1,153 @@
+// The products that end in rank columns: out^T [ranks, rows] = Q P^T, summed over k. P holds the rows of the batch (k contiguous), Q is an adapter
+// matrix: A [R, k] (shrink) or B [k, R] (backward_s, transposed in registers).
+//
+// The 8 warps of a block and the blocks of a cluster share out k: worker w of W takes the 64-wide pieces w, w + W, … (128 bytes of a row), and the
+// partial sums meet in shared memory in a fixed order. So few rows still use many SMs, and A is read once a cluster.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include "lora.cuh"
+
+namespace loquetier::cuda {
+
+// One product of one tile: P rows and Q of one group, site and rank range.
+struct Reduction {
+  const void* p = nullptr;  // element (row, k) at row * ld_p + k; row 0 is the tile's first
+  int64_t ld_p = 0;
+  int rows = 0;
+  const void* q = nullptr;
+  int64_t k = 0;
+  int rank = 0;             // R of q: its rows (A) or its row length (B)
+  int rank_begin = 0;       // first rank of this chunk
+  const uint64_t* row_keys = nullptr;  // of the tile's first row, with dropout
+  uint32_t stream = 0;
+  float dropout = 0;
+};
+
+// Floats of shared memory for the partial sums of a block.
+constexpr int reduce_floats(int m_tiles, int n_tiles) { return kLoraWarps * m_tiles * n_tiles * 128; }
+
+// Fragments of one 32-wide step of k. Word i of `p` and `q` stands for k = 8q + 2i, 8q + 2i + 1 of lane q.
+template <int MT, int NT>
+struct ReduceStep {
+  uint4 p[NT];
+  uint4 low[MT], high[MT];  // ranks g and g + 8
+};
+
+template <int MT, int NT, bool kDropout, bool kTransposed>
+__device__ inline void load_step(const Reduction& r, int64_t k0, bool vector_p, bool vector_q, ReduceStep<MT, NT>& step) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
+  const int64_t k = k0 + 8 * q;
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+    const int row = n * 8 + g;
+    step.p[n] = {0, 0, 0, 0};
+    if (row < r.rows) {
+      step.p[n] = load8(static_cast<const uint16_t*>(r.p) + row * r.ld_p, k, r.k, vector_p);
+      if constexpr (kDropout) step.p[n] = masked(step.p[n], keep8(r.row_keys[row], r.stream, k, r.dropout));
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < MT; ++m) {
+    const int rank = r.rank_begin + m * 16;
+    if constexpr (!kTransposed) {
+      const uint16_t* a = static_cast<const uint16_t*>(r.q);
+      step.low[m] = step.high[m] = {0, 0, 0, 0};
+      if (rank + g < r.rank) step.low[m] = load8(a + (rank + g) * r.k, k, r.k, vector_q);
+      if (rank + g + 8 < r.rank) step.high[m] = load8(a + (rank + g + 8) * r.k, k, r.k, vector_q);
+    } else {
+      // Row j of the block for word i is k0 + 8 (j / 2) + (j % 2) + 2 i, so that after the transposition lane q has k = 8q + 2i, 8q + 2i + 1.
+      uint32_t low[4], high[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = k0 + 8 * (g / 2) + g % 2 + 2 * i;
+        const uint16_t* b = static_cast<const uint16_t*>(r.q) + row * r.rank;
+        low[i] = row < r.k ? load2(b, rank + 2 * q, r.rank, vector_q) : 0;
+        high[i] = row < r.k ? load2(b, rank + 8 + 2 * q, r.rank, vector_q) : 0;
+      }
+      step.low[m] = {low[0], low[1], low[2], low[3]};
+      step.high[m] = {high[0], high[1], high[2], high[3]};
+    }
+  }
+}
+
+template <class T, int MT, int NT, bool kTransposed>
+__device__ inline void multiply_step(ReduceStep<MT, NT>& step, int n_tiles, float (&sum)[MT][NT][4]) {
+  if constexpr (kTransposed) {
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      step.low[m] = {transpose(step.low[m].x), transpose(step.low[m].y), transpose(step.low[m].z), transpose(step.low[m].w)};
+      step.high[m] = {transpose(step.high[m].x), transpose(step.high[m].y), transpose(step.high[m].z), transpose(step.high[m].w)};
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+    if (n >= n_tiles) continue;
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      multiply<T>(sum[m][n], step.low[m].x, step.high[m].x, step.low[m].y, step.high[m].y, step.p[n].x, step.p[n].y);
+      multiply<T>(sum[m][n], step.low[m].z, step.high[m].z, step.low[m].w, step.high[m].w, step.p[n].z, step.p[n].w);
+    }
+  }
+}
+
+// Sums the product over the cluster's share of k. Afterwards `shared` holds, in the first MT * NT * 128 floats of every block of the cluster, that
+// block's partial sums: element ((m * NT + n) * 4 + i) * 32 + lane of fragment c[i]. The caller synchronises the cluster before reading.
+template <class T, int MT, int NT, bool kDropout, bool kTransposed>
+__device__ inline void reduce_k(const Reduction& r, int cluster_rank, int cluster_size, float* shared) {
+  // Loads of several steps in flight, as many as registers allow.
+  constexpr int kAhead = NT == 1 ? 4 : MT <= 3 && !kDropout ? 2 : 1;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const bool vector_p = in_vectors(r.p, r.ld_p, 8) && r.k % 8 == 0;
+  const bool vector_q = kTransposed ? in_vectors(r.q, r.rank, 2) : in_vectors(r.q, r.k, 8);
+  const int n_tiles = (r.rows + 7) / 8;
+  const int64_t workers = int64_t{kLoraWarps} * cluster_size, worker = int64_t{cluster_rank} * kLoraWarps + warp;
+  const int64_t pieces = (r.k + 63) / 64;
+  float sum[MT][NT][4] = {};
+  // Step s of this worker: half s % 2 of its piece s / 2.
+  const int64_t steps = pieces > worker ? 2 * ((pieces - worker + workers - 1) / workers) : 0;
+  const auto k_of = [&](int64_t s) { return (worker + (s / 2) * workers) * 64 + (s % 2) * 32; };
+  for (int64_t s = 0; s < steps; s += kAhead) {
+    ReduceStep<MT, NT> step[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      load_step<MT, NT, kDropout, kTransposed>(r, s + i < steps ? k_of(s + i) : r.k, vector_p, vector_q, step[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) multiply_step<T, MT, NT, kTransposed>(step[i], n_tiles, sum);
+  }
+
+  constexpr int kTile = MT * NT * 128;
+#pragma unroll
+  for (int m = 0; m < MT; ++m) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) shared[warp * kTile + ((m * NT + n) * 4 + i) * kWarp + lane] = sum[m][n][i];
+    }
+  }
+  __syncthreads();
+  for (int e = static_cast<int>(threadIdx.x); e < kTile; e += kLoraThreads) {
+    float total = shared[e];
+    for (int w = 1; w < kLoraWarps; ++w) total += shared[w * kTile + e];
+    shared[e] = total;  // only this thread reads or writes element e of any warp
+  }
+}
+
+// The sum of element e over the cluster's blocks, in order of rank.
+__device__ inline float cluster_total(cooperative_groups::cluster_group& cluster, float* shared, int e, int cluster_size) {
+  float total = 0;
+  for (int b = 0; b < cluster_size; ++b) total += *cluster.map_shared_rank(shared + e, static_cast<unsigned>(b));
+  return total;
+}
+
+// Where element e of the tile belongs.
+template <int NT>
+__device__ inline void reduce_place(int e, int& rank, int& row) {
+  const int lane = e % kWarp, i = e / kWarp % 4, n = e / (kWarp * 4) % NT, m = e / (kWarp * 4 * NT);
+  rank = m * 16 + lane / 4 + 8 * (i / 2);
+  row = n * 8 + lane % 4 * 2 + i % 2;
+}
+
+}  // namespace loquetier::cuda

@@ -1,0 +1,178 @@
+// lora_expand and lora_backward_x: the products out of rank columns into wide rows (lora_spread.cuh). A block takes 512 columns of one part and up to
+// 32 rows of one group; a warp 64 columns.
+#include <algorithm>
+
+#include "cuda_ops.h"
+#include "lora_spread.cuh"
+
+namespace loquetier::cuda {
+
+namespace {
+
+constexpr int kBlockColumns = kLoraWarps * kSpreadColumns;
+constexpr int kTileRows = 32;
+
+enum class Product { expand, backward, backward_dropout };
+
+struct SpreadArgs {
+  LoraCall call;
+  const void* s;
+  int64_t ld_s;
+  void* y;
+  int64_t ld_y;
+};
+
+template <class T, class Y, int NT, Product kProduct>
+__global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
+  const Tile tile = find_tile(a.call, NT * 8, static_cast<int>(blockIdx.x));
+  if (tile.group < 0) return;
+  const LoraGroup& group = a.call.groups[tile.group];
+  if (kProduct != Product::expand && (group.dropout > 0) != (kProduct == Product::backward_dropout)) return;
+  const LoraSite& site = group.sites[a.call.site];
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
+
+  // This block's columns: of one part (expand), or of x (backward).
+  int part = 0;
+  int64_t block = blockIdx.y, columns = a.call.in, y_column = 0;
+  int s_column = 0;
+  if constexpr (kProduct == Product::expand) {
+    columns = a.call.out[0];
+    while (block >= ceil_div(columns, kBlockColumns)) {
+      block -= ceil_div(columns, kBlockColumns);
+      y_column += columns;
+      s_column += site.part[part].rank;
+      columns = a.call.out[++part];
+    }
+  }
+  const int64_t n0 = block * kBlockColumns + warp * kSpreadColumns;
+  if (n0 >= columns) return;
+  Y* y = static_cast<Y*>(a.y) + tile.row * a.ld_y + y_column;
+  const bool vector_y = in_vectors(y, a.ld_y, static_cast<int>(16 / sizeof(Y))) && columns % 8 == 0;
+  const T* s = static_cast<const T*>(a.s) + tile.row * a.ld_s;
+
+  float sum[NT][4][4] = {};
+  // Adds scale * S[:, s0 : s0 + rank] Q^T to `sum`.
+  const auto product = [&](const void* matrix, int rank, int s0, float (&to)[NT][4][4]) {
+    constexpr bool kTransposed = kProduct != Product::expand;
+    const bool vectors = kTransposed ? in_vectors(matrix, columns, 8) : in_vectors(matrix, rank, 4);
+    const bool vector_s = in_vectors(s + s0, a.ld_s, 4) && rank % 4 == 0;
+    for (int r = 0; r < rank; r += 16) {
+      SpreadFragments f;
+      load_spread<kTransposed>(matrix, columns, rank, n0, r, vectors, f);
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const int row = n * 8 + g;
+        const uint2 b = row < tile.rows ? load4(s + row * a.ld_s + s0, r + 4 * q, rank, vector_s) : uint2{0, 0};
+#pragma unroll
+        for (int t = 0; t < 4; ++t) multiply<T>(to[n][t], f.a[t][0], f.a[t][1], f.a[t][2], f.a[t][3], b.x, b.y);
+      }
+    }
+  };
+
+  float scale = 1;
+  if constexpr (kProduct == Product::expand) {
+    if (site.part[part].rank == 0) return;
+    scale = site.part[part].scale;
+    product(site.part[part].b, site.part[part].rank, s_column, sum);
+  } else if constexpr (kProduct == Product::backward) {
+    const void* first = nullptr;  // the parts' A are one matrix [sum of ranks, in]
+    int rank = 0;
+    for (int p = 0; p < a.call.parts; ++p) {
+      if (first == nullptr && site.part[p].rank > 0) first = site.part[p].a;
+      rank += site.part[p].rank;
+    }
+    if (rank == 0) return;
+    product(first, rank, 0, sum);
+  } else {
+    int s0 = 0;
+    for (int p = 0; p < a.call.parts; ++p) {
+      const int rank = site.part[p].rank;
+      if (rank == 0) continue;
+      float own[NT][4][4] = {};
+      product(site.part[p].a, rank, s0, own);
+      s0 += rank;
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          const int row = n * 8 + 2 * q + odd;
+          if (row >= tile.rows) continue;
+          const uint32_t keep = keep8(a.call.row_keys[tile.row + row], a.call.stream[p], n0 + 8 * g, group.dropout);
+#pragma unroll
+          for (int t = 0; t < 4; ++t) {
+            if (keep >> (2 * t) & 1u) sum[n][t][odd] += own[n][t][odd];
+            if (keep >> (2 * t + 1) & 1u) sum[n][t][2 + odd] += own[n][t][2 + odd];
+          }
+        }
+      }
+    }
+    scale = 1.0f / (1.0f - group.dropout);
+  }
+
+  const int64_t column = n0 + 8 * g;
+  if (column >= columns) return;
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const int row = n * 8 + 2 * q + odd;
+      if (row >= tile.rows) continue;
+      float add[8];
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        add[2 * t] = sum[n][t][odd] * scale;
+        add[2 * t + 1] = sum[n][t][2 + odd] * scale;
+      }
+      add8<Y, T>(y + row * a.ld_y + column, add, columns - column, vector_y);
+    }
+  }
+}
+
+template <class T, class Y, Product kProduct>
+void launch_spread(const LoraGroups& groups, const SpreadArgs& args, int64_t blocks, cudaStream_t stream,
+                   std::source_location where = std::source_location::current()) {
+  const TileCount small = count_tiles(groups, 8);
+  const bool few = small.largest <= 8;
+  const int64_t tiles = few ? small.tiles : count_tiles(groups, kTileRows).tiles;
+  Launch{dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(blocks)), dim3(kLoraThreads), 0, stream, 1, where}(
+      few ? spread_kernel<T, Y, 1, kProduct> : spread_kernel<T, Y, kTileRows / 8, kProduct>, args);
+}
+
+}  // namespace
+
+void CudaOps::lora_expand(const LoraLinear& linear, const LoraGroups& groups, TensorView s, TensorView y) {
+  expect("lora_expand", "y", y, y.dtype == DType::f32 ? DType::f32 : dtype_, -1, columns_of(linear));
+  const LoraCall call = lora_call("lora_expand", linear, groups, y.rows);
+  if (groups.count == 0 || groups.max_rank == 0 || y.rows == 0) return;
+  expect("lora_expand", "s", s, dtype_, y.rows, -1);
+  require(s.cols >= groups.max_rank, "[lora_expand] s: expected at least ", groups.max_rank, " columns, got ", s.cols);
+  device_.use();
+  int64_t blocks = 0;
+  for (int p = 0; p < linear.parts; ++p) blocks += ceil_div(linear.out[p], kBlockColumns);
+  const SpreadArgs args = {call, s.data, s.ld, y.data, y.ld};
+  dispatch_half(dtype_, [&]<class T>() {
+    if (y.dtype == DType::f32) launch_spread<T, float, Product::expand>(groups, args, blocks, stream());
+    else launch_spread<T, T, Product::expand>(groups, args, blocks, stream());
+  });
+}
+
+void CudaOps::lora_backward_x(const LoraLinear& linear, const LoraGroups& groups, TensorView ds, TensorView dx) {
+  expect("lora_backward_x", "dx", dx, dtype_, -1, linear.in);
+  const LoraCall call = lora_call("lora_backward_x", linear, groups, dx.rows);
+  if (groups.count == 0 || groups.max_rank == 0 || dx.rows == 0) return;
+  expect("lora_backward_x", "ds", ds, dtype_, dx.rows, -1);
+  require(ds.cols >= groups.max_rank, "[lora_backward_x] ds: expected at least ", groups.max_rank, " columns, got ", ds.cols);
+  device_.use();
+  bool plain = false, dropout = false;
+  for (int32_t g = 0; g < groups.count; ++g) {
+    if (groups.host_groups[g].sites != nullptr) (groups.host_groups[g].dropout > 0 ? dropout : plain) = true;
+  }
+  const SpreadArgs args = {call, ds.data, ds.ld, dx.data, dx.ld};
+  const int64_t blocks = ceil_div(linear.in, kBlockColumns);
+  dispatch_half(dtype_, [&]<class T>() {
+    if (plain) launch_spread<T, T, Product::backward>(groups, args, blocks, stream());
+    if (dropout) launch_spread<T, T, Product::backward_dropout>(groups, args, blocks, stream());
+  });
+}
+
+}  // namespace loquetier::cuda

@@ -1,0 +1,115 @@
+// RMSNorm, with the residual add before it, and its gradient. One block a row; statistics in f32; the second pass over a row comes from L1.
+#include <algorithm>
+
+#include "common.cuh"
+#include "cuda_ops.h"
+
+namespace loquetier::cuda {
+
+namespace {
+
+// Threads for a row of `vectors` vectors: a warp for short rows, at most 8 warps.
+unsigned threads_for(int64_t vectors) { return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(vectors, kWarp) * kWarp, kWarp, 256)); }
+
+// sum = x + delta (delta null: x alone, sum not written); y = sum * rsqrt(mean(sum^2) + eps) * w. The norm sees the rounded sum, as backward will.
+template <class T, int N>
+__global__ void norm_kernel(const T* x, int64_t ld_x, const T* delta, int64_t ld_delta, const T* w, float eps, T* sum, int64_t ld_sum, T* y,
+                            int64_t ld_y, int64_t cols) {
+  __shared__ float shared[8];
+  const int64_t row = blockIdx.x;
+  float squares = 0;
+  for (int64_t c = threadIdx.x * N; c < cols; c += blockDim.x * N) {
+    Pack<T, N> a = load_pack<T, N>(x + row * ld_x + c);
+    if (delta != nullptr) {
+      const Pack<T, N> b = load_pack<T, N>(delta + row * ld_delta + c);
+      for (int i = 0; i < N; ++i) a.v[i] = from_float<T>(to_float(a.v[i]) + to_float(b.v[i]));
+      store_pack<T, N>(sum + row * ld_sum + c, a);
+    }
+    for (int i = 0; i < N; ++i) squares += to_float(a.v[i]) * to_float(a.v[i]);
+  }
+  const float scale = rsqrtf(block_sum(squares, shared) / static_cast<float>(cols) + eps);
+  const T* in = delta != nullptr ? sum + row * ld_sum : x + row * ld_x;
+  for (int64_t c = threadIdx.x * N; c < cols; c += blockDim.x * N) {  // a thread reads back what it wrote itself
+    const Pack<T, N> a = load_pack<T, N>(in + c), g = load_pack<T, N>(w + c);
+    Pack<T, N> out;
+    for (int i = 0; i < N; ++i) out.v[i] = from_float<T>(to_float(a.v[i]) * scale * to_float(g.v[i]));
+    store_pack<T, N>(y + row * ld_y + c, out);
+  }
+}
+
+// With r = rsqrt(mean(x^2) + eps) and g = dy * w:  dx += r g - x r^3 mean(g x)
+template <class T, int N>
+__global__ void norm_backward_kernel(const T* x, int64_t ld_x, const T* w, float eps, const T* dy, int64_t ld_dy, T* dx, int64_t ld_dx,
+                                     int64_t cols) {
+  __shared__ float shared[8];
+  const int64_t row = blockIdx.x;
+  float squares = 0, dot = 0;
+  for (int64_t c = threadIdx.x * N; c < cols; c += blockDim.x * N) {
+    const Pack<T, N> a = load_pack<T, N>(x + row * ld_x + c), d = load_pack<T, N>(dy + row * ld_dy + c), g = load_pack<T, N>(w + c);
+    for (int i = 0; i < N; ++i) {
+      const float v = to_float(a.v[i]);
+      squares += v * v;
+      dot += to_float(d.v[i]) * to_float(g.v[i]) * v;
+    }
+  }
+  const float n = static_cast<float>(cols), r = rsqrtf(block_sum(squares, shared) / n + eps);
+  const float coefficient = r * r * r * block_sum(dot, shared) / n;
+  for (int64_t c = threadIdx.x * N; c < cols; c += blockDim.x * N) {
+    const Pack<T, N> a = load_pack<T, N>(x + row * ld_x + c), d = load_pack<T, N>(dy + row * ld_dy + c), g = load_pack<T, N>(w + c);
+    Pack<T, N> out = load_pack<T, N>(dx + row * ld_dx + c);
+    for (int i = 0; i < N; ++i) {
+      out.v[i] = from_float<T>(to_float(out.v[i]) + r * to_float(d.v[i]) * to_float(g.v[i]) - coefficient * to_float(a.v[i]));
+    }
+    store_pack<T, N>(dx + row * ld_dx + c, out);
+  }
+}
+
+}  // namespace
+
+void CudaOps::rms_norm(TensorView x, TensorView w, float eps, TensorView y) {
+  expect("rms_norm", "x", x, dtype_, -1, -1);
+  expect_vector("rms_norm", "w", w, dtype_, x.cols);
+  expect("rms_norm", "y", y, dtype_, x.rows, x.cols);
+  if (x.size() == 0) return;
+  device_.use();
+  dispatch_half(dtype_, [&]<class T>() {
+    const bool vectors = rows_of_vectors(x) && rows_of_vectors(y) && aligned16(w.data);
+    const Launch launch{dim3(static_cast<unsigned>(x.rows)), dim3(threads_for(vectors ? x.cols / 8 : x.cols)), 0, stream()};
+    launch(vectors ? norm_kernel<T, 8> : norm_kernel<T, 1>, static_cast<const T*>(x.data), x.ld, nullptr, 0, static_cast<const T*>(w.data),
+           eps, nullptr, 0, static_cast<T*>(y.data), y.ld, x.cols);
+  });
+}
+
+void CudaOps::add_rms_norm(TensorView x, TensorView delta, TensorView w, float eps, TensorView sum, TensorView y) {
+  expect("add_rms_norm", "x", x, dtype_, -1, -1);
+  expect("add_rms_norm", "delta", delta, dtype_, x.rows, x.cols);
+  expect_vector("add_rms_norm", "w", w, dtype_, x.cols);
+  expect("add_rms_norm", "sum", sum, dtype_, x.rows, x.cols);
+  expect("add_rms_norm", "y", y, dtype_, x.rows, x.cols);
+  if (x.size() == 0) return;
+  device_.use();
+  dispatch_half(dtype_, [&]<class T>() {
+    const bool vectors =
+        rows_of_vectors(x) && rows_of_vectors(delta) && rows_of_vectors(sum) && rows_of_vectors(y) && aligned16(w.data);
+    const Launch launch{dim3(static_cast<unsigned>(x.rows)), dim3(threads_for(vectors ? x.cols / 8 : x.cols)), 0, stream()};
+    launch(vectors ? norm_kernel<T, 8> : norm_kernel<T, 1>, static_cast<const T*>(x.data), x.ld, static_cast<const T*>(delta.data), delta.ld,
+           static_cast<const T*>(w.data), eps, static_cast<T*>(sum.data), sum.ld, static_cast<T*>(y.data), y.ld, x.cols);
+  });
+}
+
+void CudaOps::rms_norm_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx) {
+  expect("rms_norm_backward", "x", x, dtype_, -1, -1);
+  expect_vector("rms_norm_backward", "w", w, dtype_, x.cols);
+  expect("rms_norm_backward", "dy", dy, dtype_, x.rows, x.cols);
+  expect("rms_norm_backward", "dx", dx, dtype_, x.rows, x.cols);
+  if (x.size() == 0) return;
+  device_.use();
+  dispatch_half(dtype_, [&]<class T>() {
+    const bool vectors = rows_of_vectors(x) && rows_of_vectors(dy) && rows_of_vectors(dx) && aligned16(w.data);
+    const Launch launch{dim3(static_cast<unsigned>(x.rows)), dim3(threads_for(vectors ? x.cols / 8 : x.cols)), 0, stream()};
+    launch(vectors ? norm_backward_kernel<T, 8> : norm_backward_kernel<T, 1>, static_cast<const T*>(x.data), x.ld,
+           static_cast<const T*>(w.data), eps, static_cast<const T*>(dy.data), dy.ld, static_cast<T*>(dx.data), dx.ld, x.cols);
+  });
+}
+
+}  // namespace loquetier::cuda
