@@ -101,7 +101,7 @@ void add_value_methods(py::class_<T, Extra...>& cls, std::vector<std::string> fi
       py::arg("other").none(true));
   cls.attr("__hash__") = py::none();
   cls.def("__getstate__", as_dict);
-  cls.def("__reduce__", [as_dict](const py::object& self) {
+  cls.def("__reduce__", [as_dict](const py::object& self) -> py::tuple {
     const py::object make = py::module_::import("loquetier_core._native").attr("_from_fields");
     return py::make_tuple(make, py::make_tuple(py::type::of(self), as_dict(self)));
   });

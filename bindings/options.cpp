@@ -242,7 +242,7 @@ Each is a list, a numpy array, or any host tensor with __dlpack__.)");
       .def_property_readonly("advantages", [](const Example& e) { return optional_array(e.advantages); })
       .def("__len__", [](const Example& e) { return e.input_ids.size(); })
       .def("__repr__", [](const Example& e) { return "Example(" + std::to_string(e.input_ids.size()) + " tokens)"; })
-      .def("__reduce__", [](const py::object& self) {
+      .def("__reduce__", [](const py::object& self) -> py::tuple {
         return py::make_tuple(py::type::of(self), py::make_tuple(self.attr("input_ids"), self.attr("labels"), self.attr("weights"),
                                                                  self.attr("logprobs"), self.attr("advantages")));
       });
