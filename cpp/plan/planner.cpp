@@ -94,7 +94,7 @@ void Planner::add_request(RequestSpec spec) {
     r.pinned = &s.adapters.hold(adapter, spec.pinned_version);
   }
   s.adapters.add_user(adapter);
-  s.prompts.add(r, s.clock);
+  s.prompts.add(r);
 }
 
 void Planner::add_job(JobSpec spec) {
@@ -159,14 +159,18 @@ void Planner::State::commit() {
         std::ranges::any_of(served_queues, [&](const PromptQueue* queue) { return queue->level == waiting_longest; });
     level_passes = served ? 0 : level_passes + 1;
   }
+  if (missed_queue && rows_offered) ++missed_queue->passed;
   for (PromptQueue* queue : served_queues) {
     queue->deficit = queue->plan_deficit;
-    prompts.mark_served(*queue, clock);
+    prompts.mark_served(*queue);
   }
   for (PlannedRequest* r : admitted) {
     counts.cached_tokens += r->hit_tokens;
     r->admitted_now = false;
     r->last_served = clock;
+  }
+  for (PlannedRequest* r : decodes) {
+    if (r->planned > 0) r->turn = ++turns;
   }
   for (PlannedRequest* r : running) {
     if (r->planned == 0) continue;

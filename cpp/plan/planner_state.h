@@ -35,6 +35,7 @@ struct Planner::State {
   uint64_t arrivals = 0;
   uint64_t serial = 0;       // of the last plan
   uint64_t clock = 0;        // committed steps that had a row budget
+  uint64_t turns = 0;        // decodes committed
   int64_t level_passes = 0;  // committed steps with prompt rows since the least recently served priority was passed over
   PlannerStats counts;       // preemptions and cached_tokens; the rest is derived
 
@@ -44,6 +45,7 @@ struct Planner::State {
   std::vector<PlannedRequest*> decodes;     // ready to decode
   std::vector<PlannedRequest*> admitted;    // in order
   std::vector<PromptQueue*> served_queues;  // in order
+  PromptQueue* missed_queue = nullptr;      // the next in turn, which got nothing
   std::vector<int64_t> preempted;
   int64_t decode_pages = 0;       // that ready decodes need and have not got
   int64_t prompt_pages = 0;       // that admitted prompts need to their end and have not got
@@ -83,8 +85,8 @@ struct Planner::State {
   void undo_admit(PlannedRequest& request);
   void touch(PromptQueue& queue);
   int64_t prompt_quantum() const { return std::max<int64_t>(config.page_size, config.max_batch_tokens / 8); }  // rows of a turn
-  bool level_aged();
-  bool overdue(uint64_t since) const { return clock - since >= static_cast<uint64_t>(config.starvation_steps); }
+  bool level_aged() { return prompts.levels().size() > 1 && level_passes >= config.starvation_steps; }
+  PromptLevel& next_level() { return level_aged() ? prompts.least_recently_served() : prompts.levels().begin()->second; }
 
   void enter_running(PlannedRequest& request);
   void leave_running(PlannedRequest& request);

@@ -20,7 +20,7 @@ PromptQueue& PromptQueues::queue_of(const PlannedRequest& request) const {
   return *queue;
 }
 
-PromptQueue& PromptQueues::open(PlannedRequest& request, uint64_t clock) {
+PromptQueue& PromptQueues::open(PlannedRequest& request) {
   const auto [found, first] = levels_.try_emplace(request.priority);
   PromptLevel& level = found->second;
   if (first) {
@@ -32,18 +32,17 @@ PromptQueue& PromptQueues::open(PlannedRequest& request, uint64_t clock) {
   queue.place = std::prev(level.ring.end());
   queue.adapter = request.adapter;
   queue.level = &level;
-  queue.since = clock;
   request.adapter->prompts.push_back(&queue);
   return queue;
 }
 
-void PromptQueues::add(PlannedRequest& request, uint64_t clock) {
-  PromptQueue& queue = open(request, clock);
+void PromptQueues::add(PlannedRequest& request) {
+  PromptQueue& queue = open(request);
   request.place = queue.waiting.insert(queue.waiting.end(), &request);
 }
 
-void PromptQueues::preempt(PlannedRequest& request, uint64_t clock) {
-  PromptQueue& queue = open(request, clock);
+void PromptQueues::preempt(PlannedRequest& request) {
+  PromptQueue& queue = open(request);
   if (request.state == RequestState::prefilling) queue.waiting.splice(queue.waiting.begin(), queue.prefilling, request.place);
   else request.place = queue.waiting.insert(queue.waiting.begin(), &request);
 }
@@ -70,9 +69,9 @@ void PromptQueues::remove(PlannedRequest& request) {
   levels_.erase(level.priority);
 }
 
-void PromptQueues::mark_served(PromptQueue& queue, uint64_t clock) {
+void PromptQueues::mark_served(PromptQueue& queue) {
   PromptLevel& level = *queue.level;
-  queue.since = clock;
+  queue.passed = 0;
   level.ring.splice(level.ring.end(), level.ring, queue.place);
   by_service_.splice(by_service_.end(), by_service_, level.place);
 }
@@ -83,14 +82,12 @@ void PromptQueues::check_invariants() const {
   for (const auto& [priority, level] : levels_) {
     require<std::logic_error>(*level.place == &level && level.priority == priority && !level.ring.empty(),
                               "[planner] prompt level ", priority, " is empty or misplaced");
-    uint64_t since = 0;
+
     for (const PromptQueue& queue : level.ring) {
       require<std::logic_error>(&*queue.place == &queue && queue.level == &level && !queue.empty(),
                                 "[planner] a prompt queue of adapter ", queue.adapter->id, " is empty or misplaced");
       require<std::logic_error>(std::ranges::count(queue.adapter->prompts, &queue) == 1, "[planner] adapter ", queue.adapter->id,
                                 " does not know its prompt queue");
-      require<std::logic_error>(queue.since >= since, "[planner] prompt ring ", priority, " is not in order of service");
-      since = queue.since;
       for (const auto* list : {&queue.prefilling, &queue.waiting}) {
         const RequestState state = list == &queue.waiting ? RequestState::waiting : RequestState::prefilling;
         for (auto it = list->begin(); it != list->end(); ++it) {

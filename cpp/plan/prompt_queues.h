@@ -36,6 +36,7 @@ struct PlannedRequest {
   std::vector<int32_t> pages;                  // in order of position
   int64_t computed = 0;                        // tokens whose keys and values are in the pages
   uint64_t last_served = 0;                    // clock
+  uint64_t turn = 0;                           // number of its last decode, over all requests: lowest is next when not all fit
   uint64_t pinned_epoch = 0;                   // of the adapter when `pinned` was its newest version; 0: never known
   uint64_t kv_epoch = 0;                       // of the adapter when the first of these pages were computed
   int64_t cached_pages = 0;                    // the first pages, which are entries of the prefix cache
@@ -69,12 +70,12 @@ struct PromptQueue {
   PromptLevel* level = nullptr;
   std::list<PlannedRequest*> prefilling, waiting;
   int64_t deficit = 0;  // rows it may take before its turn ends
-  uint64_t since = 0;   // clock: last served, or began to wait
+  int64_t passed = 0;   // steps in which it was the next of its ring and got nothing
   // Of the open plan, valid when `serial` is its.
   uint64_t serial = 0;
   int64_t plan_deficit = 0;
   bool served = false;
-  bool candidate = false;
+
   std::list<PromptQueue>::iterator place;
   bool empty() const { return prefilling.empty() && waiting.empty(); }
 };
@@ -87,12 +88,12 @@ struct PromptLevel {
 
 class PromptQueues {
  public:
-  void add(PlannedRequest& request, uint64_t clock);      // at the end
-  void preempt(PlannedRequest& request, uint64_t clock);  // prefilling or decoding -> waiting, at the head
-  void admit(PlannedRequest& request);                    // waiting -> prefilling; states are the caller's
-  void undo_admit(PlannedRequest& request);               // back to the head of those waiting
-  void remove(PlannedRequest& request);                   // ended, or its prompt is computed
-  void mark_served(PromptQueue& queue, uint64_t clock);   // goes to the end of its ring, its level to the end of the levels
+  void add(PlannedRequest& request);         // at the end
+  void preempt(PlannedRequest& request);     // prefilling or decoding -> waiting, at the head
+  void admit(PlannedRequest& request);       // waiting -> prefilling; states are the caller's
+  void undo_admit(PlannedRequest& request);  // back to the head of those waiting
+  void remove(PlannedRequest& request);      // ended, or its prompt is computed
+  void mark_served(PromptQueue& queue);      // goes to the end of its ring, its level to the end of the levels
 
   PromptQueue& queue_of(const PlannedRequest& request) const;
   PromptQueue* find(const PlannedAdapter& adapter, const PromptLevel& level) const;
@@ -102,7 +103,7 @@ class PromptQueues {
   void check_invariants() const;
 
  private:
-  PromptQueue& open(PlannedRequest& request, uint64_t clock);
+  PromptQueue& open(PlannedRequest& request);
 
   std::map<int, PromptLevel, std::greater<int>> levels_;
   std::list<PromptLevel*> by_service_;

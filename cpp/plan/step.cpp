@@ -14,7 +14,8 @@ namespace loquetier {
 
 namespace {
 
-constexpr int kCandidates = 64;  // queues looked at per priority and step: bounds the work when thousands wait for room
+constexpr int kMisses =
+    64;  // queues of a priority that may get nothing before a step looks no further: bounds the work when thousands wait
 
 }  // namespace
 
@@ -38,6 +39,11 @@ Plan Planner::State::plan(const StepBudget& budget) {
   }
   training.run_backward(limits);
   training.serve(limits);
+  missed_queue = nullptr;
+  if (!prompts.empty() && static_cast<int64_t>(running.size()) < config.max_sequences) {
+    PromptQueue& next = next_level().ring.front();
+    if (next.serial != serial || !next.served) missed_queue = &next;
+  }
   return emit();
 }
 
@@ -76,15 +82,11 @@ void Planner::State::serve_overdue() {
   for (PlannedRequest* r : decodes) {
     if (!decode || r->last_served < decode->last_served) decode = r;
   }
-  PromptQueue* prompt = nullptr;
-  if (!prompts.empty()) {
-    PromptLevel& level = level_aged() ? prompts.least_recently_served() : prompts.levels().begin()->second;
-    prompt = &level.ring.front();
-  }
+  const PromptQueue* prompt = prompts.empty() ? nullptr : &next_level().ring.front();
   enum Sort { decoding, prompting, backward, example };
   std::array<std::pair<int64_t, Sort>, 4> ages = {{
       {decode ? static_cast<int64_t>(clock - decode->last_served) : -1, decoding},
-      {prompt ? static_cast<int64_t>(clock - prompt->since) : -1, prompting},
+      {prompt ? prompt->passed : -1, prompting},
       {training.backward_age(), backward},
       {training.example_age(), example},
   }};
@@ -112,7 +114,7 @@ void Planner::State::serve_decodes() {
   const auto ready = std::ranges::count_if(decodes, [](const PlannedRequest* r) { return r->planned == 0; });
   if (ready > limits.rows_left || wants_more_bytes || !limits.claimed.empty()) {
     std::ranges::sort(decodes, [](const PlannedRequest* a, const PlannedRequest* b) {
-      return a->last_served != b->last_served ? a->last_served < b->last_served : StandsHigher{}(a, b);
+      return a->turn != b->turn ? a->turn < b->turn : StandsHigher{}(a, b);
     });
   } else if (decode_pages > cache.available()) {
     std::ranges::sort(decodes, StandsHigher{});
@@ -161,28 +163,24 @@ void Planner::State::preempt(PlannedRequest& r) {
   leave_running(r);
   release_pages(r, 0);
   r.computed = 0;
-  prompts.preempt(r, clock);
+  prompts.preempt(r);
   r.state = RequestState::waiting;
 }
 
 // ---------------------------------------------------------------- prompts
 
-bool Planner::State::level_aged() { return prompts.levels().size() > 1 && level_passes >= config.starvation_steps; }
-
 void Planner::State::touch(PromptQueue& queue) {
   if (queue.serial == serial) return;
   queue.serial = serial;
   queue.plan_deficit = queue.deficit;
-  queue.served = queue.candidate = false;
+  queue.served = false;
 }
 
 // Goes before the decodes, so it leaves them their rows and pages where it can.
 bool Planner::State::serve_overdue_prompt() {
-  const bool aged = level_aged();
-  PromptLevel& level = aged ? prompts.least_recently_served() : prompts.levels().begin()->second;
   const int64_t spare = limits.rows_left - static_cast<int64_t>(decodes.size());
-  return serve_queue(level.ring.front(), std::min(prompt_quantum(), std::max<int64_t>(spare, config.page_size)), aged) ==
-         Serve::served;
+  const int64_t rows = std::min(prompt_quantum(), std::max<int64_t>(spare, config.page_size));
+  return serve_queue(next_level().ring.front(), rows, level_aged()) == Serve::served;
 }
 
 void Planner::State::serve_prompts() {
@@ -195,36 +193,33 @@ void Planner::State::serve_prompts() {
 
 // The adapters of one priority by deficit round-robin, at most max_rows in all.
 void Planner::State::serve_level(PromptLevel& level, int64_t max_rows, bool aged) {
-  std::vector<PromptQueue*> candidates;
-  const auto consider = [&](PromptQueue& queue) {
-    touch(queue);
-    if (!std::exchange(queue.candidate, true)) candidates.push_back(&queue);
-  };
-  int looked_at = 0;
-  for (PromptQueue& queue : level.ring) {
-    if (++looked_at > kCandidates) break;
-    consider(queue);
-  }
-  if (level.ring.size() > candidates.size()) {  // those that have a place in the pool are served though far behind
-    for (const AdapterVersion* version : limits.claimed) {
-      if (PromptQueue* queue = prompts.find(*version->adapter, level)) consider(*queue);
-    }
-  }
-  const int64_t quantum = prompt_quantum();
   const int64_t rows_before = limits.rows_left;
   const auto rows_left = [&] { return std::min(limits.rows_left, max_rows - (rows_before - limits.rows_left)); };
-  for (PromptQueue* queue : candidates) queue->candidate = false;  // a level may be served twice in a step
-  while (!candidates.empty() && rows_left() > 0) {
-    std::erase_if(candidates, [&](PromptQueue* queue) {
-      if (rows_left() <= 0) return false;
-      queue->plan_deficit += quantum;
-      Serve result = Serve::served;
-      while (result == Serve::served && queue->plan_deficit > 0 && rows_left() > 0) {
-        result = serve_queue(*queue, std::min(queue->plan_deficit, rows_left()), aged);
-      }
-      queue->plan_deficit = std::min(queue->plan_deficit, quantum);
-      return result != Serve::served;
-    });
+  const auto turn = [&](PromptQueue& queue) {  // true: it could use another
+    touch(queue);
+    queue.plan_deficit += prompt_quantum();
+    Serve result = Serve::served;
+    while (result == Serve::served && queue.plan_deficit > 0 && rows_left() > 0) {
+      result = serve_queue(queue, std::min(queue.plan_deficit, rows_left()), aged);
+    }
+    queue.plan_deficit = std::min(queue.plan_deficit, prompt_quantum());
+    return result == Serve::served;
+  };
+  std::vector<PromptQueue*> again;
+  int misses = 0;
+  for (PromptQueue& queue : level.ring) {
+    if (rows_left() <= 0 || misses == kMisses) break;
+    if (turn(queue)) again.push_back(&queue);
+    else misses += queue.served ? 0 : 1;
+  }
+  if (misses == kMisses) {  // those that have a place in the pool are served though far behind
+    for (size_t i = 0; i < limits.claimed.size() && rows_left() > 0; ++i) {
+      PromptQueue* queue = prompts.find(*limits.claimed[i]->adapter, level);
+      if (queue && queue->serial != serial && turn(*queue)) again.push_back(queue);
+    }
+  }
+  while (!again.empty() && rows_left() > 0) {
+    std::erase_if(again, [&](PromptQueue* queue) { return rows_left() > 0 && !turn(*queue); });
   }
 }
 
@@ -237,7 +232,7 @@ Planner::State::Serve Planner::State::serve_queue(PromptQueue& queue, int64_t ma
     if (queue.waiting.empty() || door_closed) return Serve::no_room;
     r = queue.waiting.front();
     const Serve result = admit(*r, aged);
-    if (result == Serve::no_slot || (result == Serve::no_pages && overdue(queue.since))) door_closed = true;
+    if (result == Serve::no_slot || (result == Serve::no_pages && queue.passed >= config.starvation_steps)) door_closed = true;
     if (result != Serve::served) return result;
   }
   const int64_t planned = r->planned;

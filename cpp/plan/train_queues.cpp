@@ -9,7 +9,8 @@ namespace loquetier {
 
 namespace {
 
-constexpr int kCandidates = 64;  // queues looked at per list and step: bounds the work when thousands wait for room in the pool
+constexpr int kMisses =
+    64;  // queues of a list that may get nothing before a step looks no further: bounds the work when thousands wait
 
 }  // namespace
 
@@ -64,20 +65,18 @@ void TrainQueues::refresh(TrainQueue& queue, bool served) {
   if (queue.list == &list && !served) return;
   list.splice(list.end(), *queue.list, queue.place);
   queue.list = &list;
-  queue.since = job && job->train ? train_clock_ : eval_clock_;
+  queue.passed = 0;
 }
 
 TrainQueue* TrainQueues::oldest() const {
   const TrainQueue* train = may_train() && !training_.empty() ? &training_.front() : nullptr;
   const TrainQueue* eval = evaluation_.empty() ? nullptr : &evaluation_.front();
-  const TrainQueue* result = !train ? eval : !eval || train_clock_ - train->since >= eval_clock_ - eval->since ? train : eval;
-  return const_cast<TrainQueue*>(result);
+  return const_cast<TrainQueue*>(!train ? eval : !eval || train->passed >= eval->passed ? train : eval);
 }
 
 int64_t TrainQueues::example_age() const {
   const TrainQueue* queue = oldest();
-  if (!queue) return -1;
-  return static_cast<int64_t>(queue->list == &training_ ? train_clock_ - queue->since : eval_clock_ - queue->since);
+  return queue ? queue->passed : -1;
 }
 
 int32_t TrainQueues::oldest_rows() const {
@@ -104,7 +103,7 @@ void TrainQueues::touch(TrainQueue& queue) {
   queue.serial = serial_;
   queue.plan_cursor = queue.cursor;
   queue.plan_deficit = queue.deficit;
-  queue.served = queue.candidate = false;
+  queue.served = queue.missed = false;
   touched_.push_back(&queue);
 }
 
@@ -114,7 +113,10 @@ TrainQueues::Take TrainQueues::take(TrainQueue& queue, StepLimits& limits, bool 
   if (!job || (job->train && !may_train())) return Take::nothing;
   const int32_t example = job->next + job->taken;
   const int32_t rows = job->rows[static_cast<size_t>(example)];
-  if (rows > limits.rows_left || !limits.fits(*queue.adapter->newest)) return Take::no_room;
+  if (rows > limits.rows_left || !limits.fits(*queue.adapter->newest)) {
+    queue.missed = true;
+    return Take::no_room;
+  }
   if (!on_credit && rows > queue.plan_deficit) return Take::no_credit;
   limits.claim(*queue.adapter->newest);
   limits.take_rows(rows);
@@ -137,8 +139,8 @@ void TrainQueues::serve_starving(StepLimits& limits) {
     if (list == &training_ && !may_train()) continue;
     int looked_at = 0;
     for (TrainQueue& queue : *list) {
-      const uint64_t age = (list == &training_ ? train_clock_ : eval_clock_) - queue.since;
-      if (age < static_cast<uint64_t>(config_.starvation_steps) || limits.rows_left == 0 || ++looked_at > kCandidates) break;
+      if (limits.rows_left == 0 || ++looked_at > kMisses) break;
+      if (queue.passed < config_.starvation_steps) continue;
       touch(queue);
       if (!queue.served) take(queue, limits, true);
     }
@@ -156,37 +158,34 @@ void TrainQueues::run_backward(StepLimits& limits) {
 }
 
 void TrainQueues::serve(StepLimits& limits) {
-  std::vector<TrainQueue*> candidates;
-  const auto consider = [&](TrainQueue& queue) {
+  const int64_t quantum = std::max<int64_t>(1, config_.max_batch_tokens / 8);
+  const auto turn = [&](TrainQueue& queue) {  // true: only its credit ended
     touch(queue);
-    if (!std::exchange(queue.candidate, true)) candidates.push_back(&queue);
+    queue.plan_deficit = std::min(queue.plan_deficit + quantum, config_.max_batch_tokens);
+    Take result = Take::taken;
+    while (result == Take::taken && limits.rows_left > 0) result = take(queue, limits, false);
+    return result == Take::no_credit;
   };
-  const auto list_of = [&](std::list<TrainQueue>& list) {
-    int looked_at = 0;
-    for (TrainQueue& queue : list) {
-      if (++looked_at > kCandidates) break;
-      consider(queue);
+  std::vector<TrainQueue*> again;
+  bool cut = false;
+  for (auto* list : {&training_, &evaluation_}) {
+    if (list == &training_ && !may_train()) continue;
+    int misses = 0;
+    for (TrainQueue& queue : *list) {
+      if (limits.rows_left == 0 || misses == kMisses) break;
+      if (turn(queue)) again.push_back(&queue);
+      else misses += queue.served ? 0 : 1;
     }
-  };
-  if (limits.rows_left == 0) return;
-  if (may_train()) list_of(training_);
-  list_of(evaluation_);
-  if (training_.size() + evaluation_.size() >
-      candidates.size()) {  // those that have a place in the pool are served though far behind
-    for (size_t i = 0; i < limits.claimed.size(); ++i) {
-      if (TrainQueue* queue = limits.claimed[i]->adapter->training) consider(*queue);
+    cut |= misses == kMisses;
+  }
+  if (cut) {  // those that have a place in the pool are served though far behind
+    for (size_t i = 0; i < limits.claimed.size() && limits.rows_left > 0; ++i) {
+      TrainQueue* queue = limits.claimed[i]->adapter->training;
+      if (queue && queue->serial != serial_ && turn(*queue)) again.push_back(queue);
     }
   }
-  // A queue is out when its next example does not fit what is left; while one has credit to come, the round goes on.
-  const int64_t quantum = std::max<int64_t>(1, config_.max_batch_tokens / 8);
-  while (!candidates.empty() && limits.rows_left > 0) {
-    std::erase_if(candidates, [&](TrainQueue* queue) {
-      if (limits.rows_left == 0) return false;
-      queue->plan_deficit = std::min(queue->plan_deficit + quantum, config_.max_batch_tokens);
-      Take result;
-      while ((result = take(*queue, limits, false)) == Take::taken) continue;
-      return result != Take::no_credit;
-    });
+  while (!again.empty() && limits.rows_left > 0) {
+    std::erase_if(again, [&](TrainQueue* queue) { return limits.rows_left > 0 && !turn(*queue); });
   }
 }
 
@@ -246,6 +245,7 @@ void TrainQueues::emit(Plan& plan) {
 
 void TrainQueues::commit(bool rows_offered, bool layers_offered) {
   const bool could_train = may_train();
+  if (rows_offered) note_passed();
   for (const Taken& t : taken_) {
     PlannedJob& job = *t.job;
     ++job.next;
@@ -263,8 +263,6 @@ void TrainQueues::commit(bool rows_offered, bool layers_offered) {
     if (micro_.examples.empty() || micro_.examples.back().first != &job) micro_.examples.push_back({&job, 0});
     ++micro_.examples.back().second;
   }
-  eval_clock_ += rows_offered;
-  train_clock_ += rows_offered && could_train;
   if (begins_) {
     micro_.layers_left = config_.num_layers;
     micro_.passed = 0;
@@ -273,11 +271,21 @@ void TrainQueues::commit(bool rows_offered, bool layers_offered) {
   micro_.layers_left -= layers_now_;
   if (layers_now_ > 0 && micro_.layers_left == 0) finish_micro_batch();
   for (TrainQueue* queue : touched_) {
-    if (queue->served) queue->deficit = queue->plan_deficit;
+    queue->deficit = queue->plan_deficit;  // also of who found no room: it comes first next time
     refresh(*queue, queue->served);
   }
   for (const int64_t id : completed_) forget(jobs_.at(id));
   begin(0, 0);
+}
+
+// Who is next in turn and got nothing was passed over, and so was who was looked at and found no room.
+void TrainQueues::note_passed() {
+  for (TrainQueue* queue : touched_) queue->passed = queue->served ? 0 : queue->passed + queue->missed;
+  for (auto* list : {&training_, &evaluation_}) {
+    if (list->empty() || (list == &training_ && !may_train())) continue;
+    TrainQueue& next = list->front();
+    if (next.serial != serial_ || (!next.served && !next.missed)) ++next.passed;
+  }
 }
 
 void TrainQueues::abort() {
@@ -331,14 +339,10 @@ void TrainQueues::check_invariants() const {
   int64_t queued = 0;
   size_t jobs = 0;
   for (const auto* list : {&training_, &evaluation_, &blocked_}) {
-    uint64_t since = 0;
     for (const TrainQueue& queue : *list) {
       const int64_t id = queue.adapter->id;
       require<std::logic_error>(queue.list == list && &*queue.place == &queue && queue.adapter->training == &queue,
                                 "[planner] the training queue of adapter ", id, " is misplaced");
-      require<std::logic_error>(list == &blocked_ || queue.since >= since,
-                                "[planner] the training queues are not in order of service at adapter ", id);
-      since = queue.since;
       const PlannedJob* next = next_of(queue, queue.cursor);
       require<std::logic_error>(list == (!next         ? &blocked_
                                          : next->train ? &training_

@@ -35,7 +35,7 @@ struct TrainQueue {
   std::deque<PlannedJob*> jobs;  // in order of arrival; those before `cursor` are all in the micro-batch
   size_t cursor = 0;             // first job with an example to compute
   int64_t deficit = 0;           // rows it may take before its turn ends
-  uint64_t since = 0;            // clock of its list: last served, or came into it
+  int64_t passed = 0;            // steps in which it was next in turn or looked at, and got nothing
   std::list<TrainQueue>* list = nullptr;
   std::list<TrainQueue>::iterator place;
   // Of the open plan, valid when `serial` is its.
@@ -43,7 +43,7 @@ struct TrainQueue {
   size_t plan_cursor = 0;
   int64_t plan_deficit = 0;
   bool served = false;
-  bool candidate = false;  // of serve()
+  bool missed = false;  // found no room
 };
 
 class TrainQueues {
@@ -90,6 +90,7 @@ class TrainQueues {
   void touch(TrainQueue& queue);
   Take take(TrainQueue& queue, StepLimits& limits, bool on_credit);
   void refresh(TrainQueue& queue, bool served);
+  void note_passed();
   void finish_micro_batch();
   void forget(PlannedJob& job);
   TrainQueue* oldest() const;
@@ -100,8 +101,6 @@ class TrainQueues {
   std::list<TrainQueue> training_, evaluation_, blocked_;
   MicroBatch micro_;
   int64_t queued_ = 0;
-  uint64_t train_clock_ = 0;  // steps in which a training example could begin
-  uint64_t eval_clock_ = 0;   // steps with a row budget
   // Of the open plan.
   uint64_t serial_ = 0;
   std::vector<Taken> taken_;
