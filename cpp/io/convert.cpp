@@ -10,12 +10,18 @@ namespace loquetier {
 
 namespace {
 
+// yes or no by a mask, as the compiler makes a branch, and no vector code, of some conditional expressions.
+uint32_t select(bool condition, uint32_t yes, uint32_t no) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return (yes & mask) | (no & ~mask);
+}
+
 float widen_f16(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, magnitude = half & 0x7fffu;
   const uint32_t normal = (magnitude << 13) + (112u << 23);  // exponent bias 15 -> 127
   const uint32_t special = (magnitude << 13) | 0x7f800000u;  // infinity, NaN
   const uint32_t subnormal = std::bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
-  const uint32_t bits = magnitude < 0x400u ? subnormal : magnitude < 0x7c00u ? normal : special;
+  const uint32_t bits = select(magnitude < 0x400u, subnormal, select(magnitude < 0x7c00u, normal, special));
   return std::bit_cast<float>(sign | bits);
 }
 
@@ -28,8 +34,9 @@ uint16_t narrow_f16(float value) {
   // Next to 0.5 floats are 2^-24 apart, which is the unit of half subnormals: the addition itself rounds.
   const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - std::bit_cast<uint32_t>(0.5f);
   const uint32_t nan = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
-  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;                                 // below 2^-14
-  const uint32_t result = magnitude > 0x7f800000u ? nan : magnitude >= 0x47800000u ? 0x7c00u : finite;  // from 2^16: infinity
+  const uint32_t finite = select(magnitude < 0x38800000u, subnormal, normal);  // below 2^-14
+  const uint32_t result =
+      select(magnitude > 0x7f800000u, nan, select(magnitude >= 0x47800000u, 0x7c00u, finite));  // from 2^16: infinity
   return static_cast<uint16_t>(sign | result);
 }
 
@@ -37,7 +44,7 @@ uint16_t narrow_bf16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t nan = (bits >> 16) | 0x40u;
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+  return static_cast<uint16_t>(select((bits & 0x7fffffffu) > 0x7f800000u, nan, rounded));
 }
 
 template <class From, class To, class Convert>

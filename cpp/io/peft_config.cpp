@@ -94,6 +94,7 @@ void check_layers_pattern(const JsonFields& fields, const LoraConfig& config) {
   const Json* value = fields.find(key);
   if (!value || !truthy(*value)) return;
   if (!config.layers_to_transform) refuse(fields, key, "expected layers_to_transform with it, got none");
+  if (config.layers_to_transform->empty()) return;  // every layer: the pattern is not looked at
   const std::vector<std::string> patterns = fields.texts(key);
   const bool found = std::any_of(patterns.begin(), patterns.end(), [&](const std::string& pattern) {
     if (pattern.find('|') != std::string::npos) refuse(fields, key, "alternatives are not supported, got " + brief(*value));

