@@ -40,7 +40,7 @@ struct MicroBatch {
   Saved saved;
   int blob = 0;                   // which metadata block its arrays lie in
   int32_t layers_left = 0;
-  std::vector<std::shared_ptr<AdapterWeights>> pinned;
+  std::vector<std::shared_ptr<AdapterWeights>> weights;  // of each training group; may leave the pool between slices
   std::vector<int64_t> jobs;
   std::vector<AdapterPtr> drop;   // adapters whose gradients are dropped when it ends (cancelled jobs)
 };
@@ -126,6 +126,7 @@ struct Engine::Impl {
   void run(const Plan& plan);
   WeightTableOfStep weights_of(const Plan& plan);
   void begin_micro_batch(const Plan& plan, const StepBatch& batch, int blob, const WeightTableOfStep& weights);
+  void refresh_micro_batch();
   void run_backward(int32_t layers);
   void end_micro_batch();
   void collect(const Plan& plan, const StepBatch& batch);

@@ -182,12 +182,13 @@ void Engine::Impl::run(const Plan& plan) {
   const int blob = c.micro ? 1 - c.micro->blob : 0;
   const StepContext context{c.model.config(), c.planner, c.adapters, c.requests, c.jobs, weights, options.page_size};
   StepBatch batch = build_step(plan, context, c.metadata[blob], c.results);
+  if (c.micro && plan.backward_layers > 0) refresh_micro_batch();
   mark("planned");
   const BatchView& view = batch.view;
-  const int64_t rank = std::max(view.groups.max_rank, c.micro ? c.micro->view.groups.max_rank : 0);
-  const int64_t train_rows = std::max(view.train_rows, c.micro ? c.micro->view.train_rows : 0);
-  ensure(c.scratch_storage, device, c.model.scratch_bytes(view.rows, train_rows, view.head_count, rank, recompute));
-  if (view.train_rows > 0) ensure(c.saved_storage, device, c.model.saved_bytes(view.rows, view.train_rows, rank, recompute));
+  size_t scratch_bytes = c.model.scratch_bytes(view.rows, view.train_rows, view.head_count, view.groups.max_rank, recompute);
+  if (c.micro) scratch_bytes = std::max(scratch_bytes, c.model.scratch_bytes(0, c.micro->saved.train_rows, 0, c.micro->saved.rank, recompute));
+  ensure(c.scratch_storage, device, scratch_bytes);
+  if (view.train_rows > 0) ensure(c.saved_storage, device, c.model.saved_bytes(view.rows, view.train_rows, view.groups.max_rank, recompute));
   c.metadata[blob].upload();
   mark("uploaded");
 
@@ -228,14 +229,27 @@ void Engine::Impl::begin_micro_batch(const Plan& plan, const StepBatch& batch, i
   micro.layers_left = static_cast<int32_t>(core->model.config().num_layers);
   for (const Segment& s : plan.segments) {
     if (s.kind != Kind::train) continue;
-    const auto& w = weights.at({s.adapter, s.version});
-    if (std::ranges::find(micro.pinned, w) == micro.pinned.end()) micro.pinned.push_back(w);
+    if (micro.weights.size() < static_cast<size_t>(micro.view.train_groups.count) &&
+        s.row_begin == micro.view.train_groups.host_groups[micro.weights.size()].row_begin) {
+      micro.weights.push_back(weights.at({s.adapter, s.version}));
+    }
     if (std::ranges::find(micro.jobs, s.id) == micro.jobs.end()) micro.jobs.push_back(s.id);
     core->jobs.at(s.id).began = true;
     core->adapters.at(s.adapter)->train->has_gradients = true;
   }
-  core->pool.pin(micro.pinned);  // until its backward ends, also over several steps
   core->micro = std::move(micro);
+}
+
+// Between two slices of backward the adapters may have left the pool and come back elsewhere.
+void Engine::Impl::refresh_micro_batch() {
+  MicroBatch& micro = *core->micro;
+  // The host copy of the groups lies in this engine's own block, which is const only for those who read the batch.
+  auto* groups = const_cast<LoraGroup*>(micro.view.train_groups.host_groups);
+  for (size_t g = 0; g < micro.weights.size(); ++g) {
+    groups[g].sites = micro.weights[g]->device_sites();
+    groups[g].host_sites = micro.weights[g]->host_sites();
+  }
+  core->metadata[micro.blob].upload();
 }
 
 void Engine::Impl::run_backward(int32_t layers) {
@@ -257,7 +271,6 @@ void Engine::Impl::run_backward(int32_t layers) {
 
 void Engine::Impl::end_micro_batch() {
   MicroBatch micro = *std::exchange(core->micro, std::nullopt);
-  core->pool.unpin(micro.pinned);
   for (const AdapterPtr& adapter : micro.drop) {
     if (!adapter->train) continue;
     if (core->removed.contains(adapter->id)) adapter->train.reset();
