@@ -25,6 +25,15 @@ LOQUETIER_INLINE Vec load_first(const float* p, int64_t n) {
 LOQUETIER_INLINE void store_first(float* p, Vec v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
+// A value the compiler knows nothing about.
+LOQUETIER_INLINE Vec opaque(Vec v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
 LOQUETIER_INLINE float fold(Vec v) {  // pairs at distance W/2, W/4, …
   float part[W];
   store(part, v);
@@ -213,11 +222,13 @@ void multiply_tile(int64_t cols, int64_t k, const float* a, int64_t row_step, in
     for (int v = 0; v < V; ++v) {
       float* out = c + i * ldc + v * W;
       const int64_t left = cols - v * W;
-      if (left >= W) {
-        store(out, accumulate ? load(out) + by * sum[i][v] : by * sum[i][v]);
-      } else if (left > 0) {
-        store_first(out, accumulate ? load_first(out, left) + by * sum[i][v] : by * sum[i][v], left);
-      }
+      if (left <= 0) continue;
+      Vec start{};
+      if (accumulate) start = left >= W ? load(out) : load_first(out, left);
+      // Opaque here, product and sum stay in one basic block, where the compiler fuses them alike in every tile shape.
+      const Vec result = opaque(start) + by * opaque(sum[i][v]);
+      if (left >= W) store(out, result);
+      else store_first(out, result, left);
     }
   }
 }
