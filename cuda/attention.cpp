@@ -5,6 +5,7 @@
 // * Decode rows have plans of their own with one query a sequence. A dense one writes every row of its bucket, so it runs only when the bucket is
 //   full; otherwise a ragged one (8 % slower) leaves the rows past the last alone.
 // * A plan compiles at its first use: 0.4 - 1.4 s for the first of a kind in a process, 40 - 80 ms for the next.
+// * One-row sequences alone (max 1) are refused by the packed graphs; the plain kernels take them.
 // * Offsets count elements in 32 bits, so rows * ld must stay below 2^31.
 // cuDNN below 9.19 is refused: its ragged paged path is correct but many times slower.
 #include <dlfcn.h>
@@ -37,7 +38,6 @@ namespace {
 namespace fe = cudnn_frontend;
 
 constexpr size_t kMinCudnn = 91900;
-constexpr int kMaxDecodes = 4096;
 
 // The copy that the process already uses, then the one of the Python wheel beside this library, then the system's.
 void load_cudnn() {
@@ -99,10 +99,6 @@ class CudnnPlans final : public AttentionPlans {
     require<DeviceError>(fe::detail::create_handle(&handle_) == CUDNN_STATUS_SUCCESS, "[cuda] cuDNN does not start");
     const auto set_stream = reinterpret_cast<cudnnStatus_t (*)(cudnnHandle_t, cudaStream_t)>(dlsym(fe::cudnn_dlhandle, "cudnnSetStream"));
     require<DeviceError>(set_stream != nullptr && set_stream(handle_, device.stream()) == CUDNN_STATUS_SUCCESS, "[cuda] cudnnSetStream failed");
-    const std::vector<int32_t> ones(kMaxDecodes, 1);
-    ones_ = Buffer(device, ones.size() * sizeof(int32_t));
-    device.copy_to_device(ones_.data(), ones.data(), ones_.bytes());
-    device.synchronize();
   }
   ~CudnnPlans() override {
     plans_.clear();
@@ -127,7 +123,7 @@ class CudnnPlans final : public AttentionPlans {
     }
     const bool decode = max_rows == 1;
     const int b = bucket_of(count, decode), pages = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::max(batch.max_pages, 1))));
-    const bool dense = decode && adjacent && b == count && count <= kMaxDecodes;
+    const bool dense = decode && adjacent && b == count;
     const int max_q = decode ? 1 : std::max(128, bucket_of(max_rows, false));
     const PlanKey key = {{decode ? (dense ? PlanKey::decode_dense : PlanKey::decode_ragged) : PlanKey::chunk, b, max_q, pages, shape.q_heads,
                           shape.kv_heads, shape.head_size, std::bit_cast<int32_t>(shape.scale), q.ld, out.ld, kv_shape.pages,
@@ -155,19 +151,11 @@ class CudnnPlans final : public AttentionPlans {
     });
 
     std::unordered_map<int64_t, void*> pack = {{kQ, q.data}, {kK, kv.k}, {kV, kv.v}, {kO, out.data}};
-    const auto pointer = [](const int32_t* p) { return const_cast<int32_t*>(p); };
-    const int32_t* table = batch.page_table + int64_t{first} * batch.max_pages;
-    if (dense && pages == batch.max_pages) {
-      pack[kQ] = q.at(batch.host_row_begin[first]);
-      pack[kO] = out.at(batch.host_row_begin[first]);
-      pack[kSeqQ] = ones_.data();
-      pack[kSeqKv] = pointer(batch.kv_len + first);
-      pack[kTable] = pack[kTableV] = pointer(table);
-      execute(plan, pack, scratch.get(static_cast<size_t>(plan.workspace)));
-      return;
-    }
     RaggedTables tables = base_tables(count, b, batch.row_begin + first, batch.rows + first, nullptr, batch.kv_len + first);
-    tables.page_table = table;
+    tables.page_table = batch.page_table + int64_t{first} * batch.max_pages;
+    tables.kv = kv;
+    tables.page_size = kv_shape.page_size;
+    tables.slot_elements = int64_t{shape.kv_heads} * d;
     tables.max_pages = batch.max_pages;
     tables.plan_pages = pages;
     std::byte* at = carve(tables, scratch, plan, int64_t{b} * pages);
@@ -376,7 +364,6 @@ class CudnnPlans final : public AttentionPlans {
   fe::DataType_t dtype_;
   bool deterministic_;
   cudnnHandle_t handle_ = nullptr;
-  Buffer ones_;
   std::map<PlanKey, std::unique_ptr<AttentionPlan>> plans_;
 };
 
@@ -436,7 +423,7 @@ void CudaOps::attention_packed(TensorView q, TensorView k, TensorView v, const P
   }
   if (batch.sequences == 0 || q.rows == 0) return;
   device_.use();
-  if (deterministic_ || !attention_plans_->takes_packed(q, k, v, shape, out)) {
+  if (deterministic_ || batch.max_rows == 1 || !attention_plans_->takes_packed(q, k, v, shape, out)) {
     plain_attention_packed(stream(), dtype_, q, k, v, batch, shape, out, lse);
   } else {
     attention_plans_->packed(stream(), attention_scratch_, q, k, v, batch, shape, out, lse);
@@ -465,7 +452,7 @@ void CudaOps::attention_backward(TensorView q, TensorView k, TensorView v, Tenso
   }
   if (batch.sequences == 0 || q.rows == 0) return;
   device_.use();
-  const bool cudnn = attention_plans_->takes_packed(q, k, v, shape, out) && attention_plans_->takes_packed(dq, dk, dv, shape, dout);
+  const bool cudnn = batch.max_rows > 1 && attention_plans_->takes_packed(q, k, v, shape, out) && attention_plans_->takes_packed(dq, dk, dv, shape, dout);
   if (cudnn) {
     attention_plans_->backward(stream(), attention_scratch_, q, k, v, out, lse, dout, batch, shape, dq, dk, dv);
   } else {

@@ -211,29 +211,38 @@ __global__ void backward_kv_kernel(BackwardArgs<T> a) {
   store_head(a.dv + key * a.ld_dv + int64_t{kv_head} * size, dv, size, 1.0f);
 }
 
-// One block: thread i lays out sequence i of the plan's batch, then all copy the page table.
+// Block i lays out sequence i of the plan's batch; block 0 ends the offsets.
 __global__ void ragged_tables_kernel(RaggedTables t) {
-  for (int i = threadIdx.x; i <= t.batch; i += blockDim.x) {
-    const bool real = i < t.count;
-    const int last = t.count - 1;
-    if (i < t.batch) {
-      t.q_len[i] = real ? t.q_rows[i] : 0;
-      t.kv_len[i] = real ? t.kv_rows[i] : 0;
-    }
+  const int i = static_cast<int>(blockIdx.x), last = t.count - 1;
+  const bool real = i < t.count;
+  const auto offset = [&](int o, bool exists) {
+    const int32_t* begin = t.of_kv[o] ? t.kv_begin : t.q_begin;
+    const int32_t* rows = t.of_kv[o] ? t.kv_rows : t.q_rows;
+    return static_cast<int32_t>((exists ? begin[i] : begin[last] + int64_t{rows[last]}) * t.ld[o]);
+  };
+  const int keys = real ? t.kv_rows[i] : 0;
+  if (threadIdx.x == 0) {
+    t.q_len[i] = real ? t.q_rows[i] : 0;
+    t.kv_len[i] = keys;
+  }
 #pragma unroll
-    for (int o = 0; o < RaggedTables::kOffsets; ++o) {
-      if (t.offsets[o] == nullptr) continue;
-      const int32_t* begin = t.of_kv[o] ? t.kv_begin : t.q_begin;
-      const int32_t* rows = t.of_kv[o] ? t.kv_rows : t.q_rows;
-      const int64_t row = real ? begin[i] : begin[last] + int64_t{rows[last]};
-      t.offsets[o][i] = static_cast<int32_t>(row * t.ld[o]);
-    }
+  for (int o = 0; o < RaggedTables::kOffsets; ++o) {
+    if (t.ld[o] < 0) continue;
+    if (threadIdx.x == 0) t.offsets[o][i] = offset(o, real);
+    if (threadIdx.x == 1 && i == 0) t.offsets[o][t.batch] = offset(o, false);
   }
   if (t.plan_table == nullptr) return;
-  for (int64_t i = threadIdx.x; i < int64_t{t.batch} * t.plan_pages; i += blockDim.x) {
-    const int sequence = static_cast<int>(i / t.plan_pages), page = static_cast<int>(i % t.plan_pages);
-    const int32_t entry = sequence < t.count && page < t.max_pages ? t.page_table[int64_t{sequence} * t.max_pages + page] : 0;
-    t.plan_table[i] = max(entry, 0);  // entries past a sequence's last page may be anything
+  const int32_t* table = t.page_table + int64_t{i} * t.max_pages;
+  const int pages = (keys + t.page_size - 1) / t.page_size;
+  for (int page = threadIdx.x; page < t.plan_pages; page += blockDim.x) {
+    t.plan_table[int64_t{i} * t.plan_pages + page] = pages == 0 ? 0 : table[page < pages ? page : 0];
+  }
+  if (keys % t.page_size == 0) return;
+  const int64_t begin = (int64_t{table[pages - 1]} * t.page_size + keys % t.page_size) * t.slot_elements;
+  const int64_t elements = (t.page_size - keys % t.page_size) * t.slot_elements;  // a multiple of 8
+  for (int64_t e = threadIdx.x * 8; e < elements; e += blockDim.x * 8) {
+    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(t.kv.k) + begin + e) = {0, 0, 0, 0};
+    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(t.kv.v) + begin + e) = {0, 0, 0, 0};
   }
 }
 
@@ -281,7 +290,7 @@ void plain_attention_backward(cudaStream_t stream, DType dtype, TensorView q, Te
 }
 
 void fill_ragged_tables(cudaStream_t stream, const RaggedTables& tables) {
-  Launch{dim3(1), dim3(512), 0, stream}(ragged_tables_kernel, tables);
+  Launch{dim3(static_cast<unsigned>(tables.batch)), dim3(128), 0, stream}(ragged_tables_kernel, tables);
 }
 
 }  // namespace loquetier::cuda

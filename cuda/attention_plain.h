@@ -36,6 +36,11 @@ struct RaggedTables {
   int64_t ld[kOffsets] = {};           // elements a row of the tensor takes
   bool of_kv[kOffsets] = {};           // rows of k and v, else of q
   int32_t* plan_table = nullptr;       // out [batch, plan_pages] or null
+  // With pages: what follows a sequence's last key in its last page is set to zero, and table entries past it repeat its first page. cuDNN multiplies
+  // whole tiles, masked keys by a probability of zero, so whatever it reads must be a number: a NaN left there by another request would show.
+  KvLayer kv;
+  int32_t page_size = 0;
+  int64_t slot_elements = 0;           // K D
 };
 void fill_ragged_tables(cudaStream_t stream, const RaggedTables& tables);
 

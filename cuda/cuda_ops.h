@@ -49,7 +49,7 @@ class CudaDevice final : public Device {
 
 // One product of cuBLASLt: what decides the algorithm. Rows are rounded up to a bucket, so nearby batch sizes share an entry.
 struct LinearKey {
-  int64_t rows, in, out, ld_x, ld_y;
+  int64_t rows, in, out, ld_x, ld_w, ld_y;
   int32_t y_dtype, bias, backward, accumulate, alignment;
   bool operator==(const LinearKey&) const = default;
 };
@@ -94,6 +94,9 @@ class CudaOps final : public Ops {
   void lora_backward_weights(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
                              TensorView ds) override;
 
+  void linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
+                   TensorView y) override;
+
   void rms_norm(TensorView x, TensorView w, float eps, TensorView y) override;
   void add_rms_norm(TensorView x, TensorView delta, TensorView w, float eps, TensorView sum, TensorView y) override;
   void rms_norm_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx) override;
@@ -122,6 +125,11 @@ class CudaOps final : public Ops {
   void adamw(const AdamBatch& batch, const float* norm) override;
 
  private:
+  // Shrink and expand in one launch when every group is small (lora_decode.cu); false: not such a batch, nothing was done.
+  bool lora_small(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView y);
+  // Expand that overwrites: y = scale * s B^T, zero where a row or part has no adapter (lora_spread.cu).
+  void lora_fill(const LoraLinear& linear, const LoraGroups& groups, TensorView s, TensorView y);
+  void linear_onto(TensorView x, TensorView w, TensorView bias, TensorView y, bool accumulate);
   void matmul(const LinearKey& key, const void* x, const void* w, const void* bias, void* y, int64_t rows);
   cudaStream_t stream() const { return device_.stream(); }
 

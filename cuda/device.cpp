@@ -51,19 +51,19 @@ void check_launch(cudaStream_t stream, std::source_location where) {
 }
 
 void expect(const char* op, const char* tensor, const TensorView& view, DType dtype, int64_t rows, int64_t cols) {
-  const bool shape = (rows < 0 || view.rows == rows) && (cols < 0 || view.cols == cols);
-  if (shape && view.dtype == dtype && view.ld >= view.cols && (view.data != nullptr || view.size() == 0)) [[likely]] return;
-  const auto number = [](int64_t n) { return n < 0 ? std::string("any") : std::to_string(n); };
-  throw InvalidArgument(concat("[", op, "] ", tensor, ": expected [", number(rows), ", ", number(cols), "] ", name_of(dtype),
-                               " with rows at least that far apart, got ", view.data == nullptr ? "no data, " : "", "[", view.rows, ", ",
-                               view.cols, "] ", name_of(view.dtype), ", ld ", view.ld));
+  const auto size = [](int64_t n) { return n < 0 ? std::string("any") : std::to_string(n); };
+  require(view.dtype == dtype, "[", op, "] ", tensor, ": expected ", name_of(dtype), ", got ", name_of(view.dtype));
+  require((rows < 0 || view.rows == rows) && (cols < 0 || view.cols == cols), "[", op, "] ", tensor, ": expected [", size(rows), ", ", size(cols),
+          "], got [", view.rows, ", ", view.cols, "]");
+  require(view.ld >= view.cols || view.rows <= 1, "[", op, "] ", tensor, ": expected a leading dimension of at least ", view.cols, ", got ", view.ld);
+  require(view.data != nullptr || view.size() == 0, "[", op, "] ", tensor, ": expected data, got a null pointer");
 }
 
 void expect_vector(const char* op, const char* tensor, const TensorView& view, DType dtype, int64_t n, bool optional) {
   if (optional && view.data == nullptr) return;
-  if (view.size() == n && view.dtype == dtype && view.contiguous() && (view.data != nullptr || n == 0)) [[likely]] return;
-  throw InvalidArgument(concat("[", op, "] ", tensor, ": expected [", n, "] ", name_of(dtype), ", got ",
-                               view.data == nullptr ? "no data, " : "", "[", view.rows, ", ", view.cols, "] ", name_of(view.dtype)));
+  require(view.dtype == dtype, "[", op, "] ", tensor, ": expected ", name_of(dtype), ", got ", name_of(view.dtype));
+  require(view.rows == 1 && view.cols == n, "[", op, "] ", tensor, ": expected [", n, "], got [", view.rows, ", ", view.cols, "]");
+  require(view.data != nullptr || n == 0, "[", op, "] ", tensor, ": expected data, got a null pointer");
 }
 
 CudaDevice::CudaDevice(int index) : index_(index) {

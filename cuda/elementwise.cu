@@ -155,8 +155,9 @@ void CudaOps::convert(TensorView src, TensorView dst) {
 }
 
 void CudaOps::swiglu(TensorView gate_up, TensorView y) {
-  expect("swiglu", "y", y, dtype_, -1, -1);
-  expect("swiglu", "gate_up", gate_up, dtype_, y.rows, 2 * y.cols);
+  expect("swiglu", "gate_up", gate_up, dtype_, -1, -1);
+  require(gate_up.cols % 2 == 0, "[swiglu] gate_up: expected an even number of columns, got ", gate_up.cols);
+  expect("swiglu", "y", y, dtype_, gate_up.rows, gate_up.cols / 2);
   if (y.size() == 0) return;
   device_.use();
   dispatch_half(dtype_, [&]<class T>() {

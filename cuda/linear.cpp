@@ -9,6 +9,7 @@
 #include "core/check.h"
 #include "cuda_check.h"
 #include "cuda_ops.h"
+#include "lora_call.h"
 
 namespace loquetier::cuda {
 
@@ -16,6 +17,7 @@ namespace {
 
 constexpr size_t kBlasWorkspace = size_t{32} << 20;  // what cuBLAS recommends for Hopper
 constexpr int64_t kDeterministicRows = 2048;
+constexpr int64_t kFillRows = 512;  // adapter rows from which on the expand goes before the base product
 
 cudaDataType_t cuda_type(DType dtype) {
   switch (dtype) {
@@ -69,7 +71,7 @@ void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttribut
 size_t LinearKeyHash::operator()(const LinearKey& key) const {
   size_t hash = 0;
   const auto mix = [&](int64_t value) { hash = (hash ^ static_cast<size_t>(value)) * 0x9E3779B97F4A7C15u + (hash >> 29); };
-  for (const int64_t value : {key.rows, key.in, key.out, key.ld_x, key.ld_y}) mix(value);
+  for (const int64_t value : {key.rows, key.in, key.out, key.ld_x, key.ld_w, key.ld_y}) mix(value);
   for (const int32_t value : {key.y_dtype, key.bias, key.backward, key.accumulate, key.alignment}) mix(value);
   return hash;
 }
@@ -107,7 +109,7 @@ void CudaOps::matmul(const LinearKey& key, const void* x, const void* w, const v
     set(handle, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
     set(handle, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, cuda_type(dtype_));
   }
-  const Layout w_layout = layout(dtype_, key.in, key.out, key.in), x_layout = layout(dtype_, k, rows, key.ld_x),
+  const Layout w_layout = layout(dtype_, key.in, key.out, key.ld_w), x_layout = layout(dtype_, k, rows, key.ld_x),
                y_layout = layout(y_dtype, m, rows, key.ld_y);
 
   auto found = linear_algorithms_.find(key);
@@ -138,32 +140,54 @@ void CudaOps::matmul(const LinearKey& key, const void* x, const void* w, const v
         "cublasLtMatmul");
 }
 
-void CudaOps::linear(TensorView x, TensorView w, TensorView bias, TensorView y) {
+void CudaOps::linear(TensorView x, TensorView w, TensorView bias, TensorView y) { linear_onto(x, w, bias, y, false); }
+
+void CudaOps::linear_onto(TensorView x, TensorView w, TensorView bias, TensorView y, bool accumulate) {
   expect("linear", "x", x, dtype_, -1, -1);
   expect("linear", "w", w, dtype_, -1, x.cols);
-  require(w.contiguous(), "[linear] w: expected contiguous rows, got ld ", w.ld, " for ", w.cols, " columns");
   expect_vector("linear", "bias", bias, dtype_, w.rows, true);
   expect("linear", "y", y, y.dtype == DType::f32 ? DType::f32 : dtype_, x.rows, w.rows);
   require(bias.data == nullptr || y.dtype == dtype_, "[linear] y: expected ", name_of(dtype_), " with a bias, got ", name_of(y.dtype));
   if (x.rows == 0 || w.rows == 0) return;
   device_.use();
-  const int32_t alignment = std::min({alignment_of(x.data, x.ld, dtype_), alignment_of(w.data, w.cols, dtype_),
+  const int32_t alignment = std::min({alignment_of(x.data, x.ld, dtype_), alignment_of(w.data, w.ld, dtype_),
                                       alignment_of(y.data, y.ld, y.dtype)});
-  const LinearKey key = {deterministic_ ? kDeterministicRows : bucket_of(x.rows), x.cols, w.rows, x.ld, y.ld,
-                         static_cast<int32_t>(y.dtype), bias.data != nullptr, 0, 0, alignment};
+  const LinearKey key = {deterministic_ ? kDeterministicRows : bucket_of(x.rows), x.cols, w.rows, x.ld, w.ld, y.ld,
+                         static_cast<int32_t>(y.dtype), bias.data != nullptr, 0, accumulate ? 1 : 0, alignment};
   matmul(key, x.data, w.data, bias.data, y.data, x.rows);
+}
+
+// Small groups: the base product, then shrink and expand in one launch. Large ones: the expand writes y first and the base product adds to it, whose
+// epilogue reads y while other tiles compute; the other way round y would be read and written once more, bound by bandwidth. Rounding differs by one
+// step, so the deterministic mode, where a row's bits must not depend on its group's size, always takes the plain order.
+void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
+                          TensorView y) {
+  require(w.rows == columns_of(linear) && w.cols == linear.in, "[linear_lora] w: expected [", columns_of(linear), ", ", linear.in, "], got [",
+          w.rows, ", ", w.cols, "]");
+  int64_t covered = 0;
+  for (int32_t g = 0; g < groups.count; ++g) covered += groups.host_groups[g].sites != nullptr ? groups.host_groups[g].rows : 0;
+  if (!deterministic_ && y.dtype == dtype_ && covered >= kFillRows && 2 * covered >= x.rows) {
+    lora_shrink(linear, groups, x, s);
+    lora_fill(linear, groups, s, y);
+    linear_onto(x, w, bias, y, true);
+    return;
+  }
+  linear_onto(x, w, bias, y, false);
+  if (groups.count == 0 || groups.max_rank == 0 || x.rows == 0) return;
+  if (lora_small(linear, groups, x, s, y)) return;
+  lora_shrink(linear, groups, x, s);
+  lora_expand(linear, groups, s, y);
 }
 
 void CudaOps::linear_backward(TensorView dy, TensorView w, TensorView dx, bool accumulate) {
   expect("linear_backward", "dy", dy, dtype_, -1, -1);
   expect("linear_backward", "w", w, dtype_, dy.cols, -1);
-  require(w.contiguous(), "[linear_backward] w: expected contiguous rows, got ld ", w.ld, " for ", w.cols, " columns");
   expect("linear_backward", "dx", dx, dtype_, dy.rows, w.cols);
   if (dy.rows == 0 || w.cols == 0) return;
   device_.use();
-  const int32_t alignment = std::min({alignment_of(dy.data, dy.ld, dtype_), alignment_of(w.data, w.cols, dtype_),
+  const int32_t alignment = std::min({alignment_of(dy.data, dy.ld, dtype_), alignment_of(w.data, w.ld, dtype_),
                                       alignment_of(dx.data, dx.ld, dtype_)});
-  const LinearKey key = {deterministic_ ? kDeterministicRows : bucket_of(dy.rows), w.cols, w.rows, dy.ld, dx.ld,
+  const LinearKey key = {deterministic_ ? kDeterministicRows : bucket_of(dy.rows), w.cols, w.rows, dy.ld, w.ld, dx.ld,
                          static_cast<int32_t>(dtype_), 0, 1, accumulate ? 1 : 0, alignment};
   matmul(key, dy.data, w.data, nullptr, dx.data, dy.rows);
 }

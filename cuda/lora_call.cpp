@@ -19,16 +19,18 @@ LoraCall lora_call(const char* op, const LoraLinear& linear, const LoraGroups& g
     call.out[p] = linear.out[p];
     call.stream[p] = dropout_stream(linear.site, p);
   }
+  int64_t end = 0;
   for (int32_t g = 0; g < groups.count; ++g) {
     const LoraGroup& group = groups.host_groups[g];
-    require(group.row_begin >= 0 && group.rows >= 0 && int64_t{group.row_begin} + group.rows <= rows, "[", op, "] group ", g,
-            ": expected rows inside [0, ", rows, "), got ", group.row_begin, " + ", group.rows);
+    require(group.row_begin >= end && group.rows >= 0 && int64_t{group.row_begin} + group.rows <= rows, "[", op, "] groups[", g,
+            "]: expected rows between ", end, " and ", rows, ", got ", group.row_begin, " + ", group.rows);
+    end = int64_t{group.row_begin} + group.rows;
     if (group.sites == nullptr || group.rows == 0) continue;
     int32_t rank = 0;
     for (int p = 0; p < linear.parts; ++p) rank += group.host_sites[linear.site].part[p].rank;
-    require(rank <= groups.max_rank, "[", op, "] group ", g, ": expected ranks that add up to at most ", groups.max_rank, ", got ", rank);
-    require(group.dropout == 0 || groups.row_keys != nullptr, "[", op, "] group ", g, ": expected row keys with a dropout of ", group.dropout,
-            ", got none");
+    require(rank <= groups.max_rank, "[", op, "] groups[", g, "]: expected ranks of at most ", groups.max_rank, " together, got ", rank);
+    require(group.dropout >= 0 && group.dropout < 1 && (group.dropout == 0 || groups.row_keys != nullptr), "[", op, "] groups[", g,
+            "]: expected dropout in [0, 1) with row keys, got ", group.dropout);
   }
   return call;
 }

@@ -1,4 +1,4 @@
-// lora_expand and lora_backward_x: the products out of rank columns into wide rows (lora_spread.cuh). A block takes 512 columns of one part and up to
+// lora_expand, lora_fill and lora_backward_x: the products out of rank columns into wide rows (lora_spread.cuh). A block takes 512 columns of one part and up to
 // 32 rows of one group; a warp 64 columns.
 #include <algorithm>
 
@@ -12,7 +12,7 @@ namespace {
 constexpr int kBlockColumns = kLoraWarps * kSpreadColumns;
 constexpr int kTileRows = 32;
 
-enum class Product { expand, backward, backward_dropout };
+enum class Product { expand, fill, backward, backward_dropout };  // fill: expand that overwrites
 
 struct SpreadArgs {
   LoraCall call;
@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
   const Tile tile = find_tile(a.call, NT * 8, static_cast<int>(blockIdx.x));
   if (tile.group < 0) return;
   const LoraGroup& group = a.call.groups[tile.group];
-  if (kProduct != Product::expand && (group.dropout > 0) != (kProduct == Product::backward_dropout)) return;
+  constexpr bool kExpand = kProduct == Product::expand || kProduct == Product::fill;
+  if (!kExpand && (group.dropout > 0) != (kProduct == Product::backward_dropout)) return;
   const LoraSite& site = group.sites[a.call.site];
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
 
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
   int part = 0;
   int64_t block = blockIdx.y, columns = a.call.in, y_column = 0;
   int s_column = 0;
-  if constexpr (kProduct == Product::expand) {
+  if constexpr (kExpand) {
     columns = a.call.out[0];
     while (block >= ceil_div(columns, kBlockColumns)) {
       block -= ceil_div(columns, kBlockColumns);
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
   float sum[NT][4][4] = {};
   // Adds scale * S[:, s0 : s0 + rank] Q^T to `sum`.
   const auto product = [&](const void* matrix, int rank, int s0, float (&to)[NT][4][4]) {
-    constexpr bool kTransposed = kProduct != Product::expand;
+    constexpr bool kTransposed = !kExpand;
     const bool vectors = kTransposed ? in_vectors(matrix, columns, 8) : in_vectors(matrix, rank, 4);
     const bool vector_s = in_vectors(s + s0, a.ld_s, 4) && rank % 4 == 0;
     for (int r = 0; r < rank; r += 16) {
@@ -70,8 +71,8 @@ __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
   };
 
   float scale = 1;
-  if constexpr (kProduct == Product::expand) {
-    if (site.part[part].rank == 0) return;
+  if constexpr (kExpand) {
+    if (kProduct == Product::expand && site.part[part].rank == 0) return;
     scale = site.part[part].scale;
     product(site.part[part].b, site.part[part].rank, s_column, sum);
   } else if constexpr (kProduct == Product::backward) {
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
         add[2 * t] = sum[n][t][odd] * scale;
         add[2 * t + 1] = sum[n][t][2 + odd] * scale;
       }
-      add8<Y, T>(y + row * a.ld_y + column, add, columns - column, vector_y);
+      add8<Y, T, kProduct == Product::fill>(y + row * a.ld_y + column, add, columns - column, vector_y);
     }
   }
 }
@@ -154,6 +155,30 @@ void CudaOps::lora_expand(const LoraLinear& linear, const LoraGroups& groups, Te
     if (y.dtype == DType::f32) launch_spread<T, float, Product::expand>(groups, args, blocks, stream());
     else launch_spread<T, T, Product::expand>(groups, args, blocks, stream());
   });
+}
+
+void CudaOps::lora_fill(const LoraLinear& linear, const LoraGroups& groups, TensorView s, TensorView y) {
+  const LoraCall call = lora_call("linear_lora", linear, groups, y.rows);
+  const size_t size = size_of(dtype_);
+  int64_t end = 0;  // rows without an adapter, between the groups
+  const auto clear = [&](int64_t to) {
+    if (to > end) {
+      check(cudaMemset2DAsync(y.at(end), static_cast<size_t>(y.ld) * size, 0, static_cast<size_t>(y.cols) * size, static_cast<size_t>(to - end),
+                              stream()),
+            "cudaMemset2DAsync");
+    }
+  };
+  for (int32_t g = 0; g < groups.count; ++g) {
+    const LoraGroup& group = groups.host_groups[g];
+    if (group.sites == nullptr || group.rows == 0) continue;
+    clear(group.row_begin);
+    end = int64_t{group.row_begin} + group.rows;
+  }
+  clear(y.rows);
+  int64_t blocks = 0;
+  for (int p = 0; p < linear.parts; ++p) blocks += ceil_div(linear.out[p], kBlockColumns);
+  const SpreadArgs args = {call, s.data, s.ld, y.data, y.ld};
+  dispatch_half(dtype_, [&]<class T>() { launch_spread<T, T, Product::fill>(groups, args, blocks, stream()); });
 }
 
 void CudaOps::lora_backward_x(const LoraLinear& linear, const LoraGroups& groups, TensorView ds, TensorView dx) {

@@ -52,12 +52,13 @@ __device__ inline void load_spread(const void* q_matrix, int64_t n_total, int ra
   }
 }
 
-// Adds eight neighbouring values to out[0 .. 8), of which `columns` exist.
-template <class Y, class T>
+// Adds eight neighbouring values to out[0 .. 8), or overwrites it; `columns` of them exist.
+template <class Y, class T, bool kOverwrite = false>
 __device__ inline void add8(Y* out, const float (&add)[8], int64_t columns, bool vectors) {
   if (vectors) {
     if constexpr (sizeof(Y) == 2) {
-      const uint4 old = *reinterpret_cast<const uint4*>(out);
+      uint4 old = {0, 0, 0, 0};  // zero in either type
+      if constexpr (!kOverwrite) old = *reinterpret_cast<const uint4*>(out);
       const uint32_t words[4] = {old.x, old.y, old.z, old.w};
       uint32_t next[4];
 #pragma unroll
@@ -66,7 +67,8 @@ __device__ inline void add8(Y* out, const float (&add)[8], int64_t columns, bool
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float4 old = *reinterpret_cast<const float4*>(out + 4 * half);
+        float4 old = {0, 0, 0, 0};
+        if constexpr (!kOverwrite) old = *reinterpret_cast<const float4*>(out + 4 * half);
         old.x += add[4 * half];
         old.y += add[4 * half + 1];
         old.z += add[4 * half + 2];
@@ -76,7 +78,7 @@ __device__ inline void add8(Y* out, const float (&add)[8], int64_t columns, bool
     }
   } else {
     for (int i = 0; i < 8; ++i) {
-      if (i < columns) out[i] = from_float<Y>(to_float(out[i]) + add[i]);
+      if (i < columns) out[i] = from_float<Y>((kOverwrite ? 0.0f : to_float(out[i])) + add[i]);
     }
   }
 }

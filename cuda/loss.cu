@@ -1,12 +1,13 @@
 // Losses of rows with a target, over the vocabulary: one block a row, log-softmax in f32 (stable), the gradient in the same launch.
 #include "common.cuh"
 #include "cuda_ops.h"
+#include "vocabulary.cuh"
 
 namespace loquetier::cuda {
 
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = kVocabularyThreads;
 
 struct LossValue {
   float loss = 0;
@@ -25,23 +26,12 @@ __device__ LossValue loss_of(const LossRow& row, float p) {
 template <class D, int N>
 __global__ void loss_kernel(const float* logits, int64_t ld, const LossRow* rows, D* dlogits, int64_t ld_grad, float* logprob, float* loss,
                             int64_t cols) {
-  __shared__ float shared[kThreads / kWarp];
+  __shared__ double shared[kThreads / kWarp];
   const int64_t row = blockIdx.x;
   const float* x = logits + row * ld;
-  float top = -INFINITY;
-  for (int64_t c = threadIdx.x * N; c < cols; c += kThreads * N) {
-    const Pack<float, N> v = load_pack<float, N>(x + c);
-    for (int i = 0; i < N; ++i) top = fmaxf(top, v.v[i]);
-  }
-  top = block_max(top, shared);
-  float sum = 0;
-  for (int64_t c = threadIdx.x * N; c < cols; c += kThreads * N) {
-    const Pack<float, N> v = load_pack<float, N>(x + c);
-    for (int i = 0; i < N; ++i) sum += expf(v.v[i] - top);
-  }
-  const float log_sum = top + logf(block_sum(sum, shared));
+  const RowSum sum = log_sum_exp(x, cols, shared);
   const LossRow target = rows[row];
-  const float p = x[target.target] - log_sum;
+  const float p = sum.logprob(x[target.target]), log_sum = static_cast<float>(sum.log_sum);
   const LossValue value = loss_of(target, p);
   if (threadIdx.x == 0) {
     logprob[row] = p;
@@ -52,7 +42,7 @@ __global__ void loss_kernel(const float* logits, int64_t ld, const LossRow* rows
   for (int64_t c = threadIdx.x * N; c < cols; c += kThreads * N) {
     const Pack<float, N> v = load_pack<float, N>(x + c);
     Pack<D, N> out;
-    for (int i = 0; i < N; ++i) out.v[i] = from_float<D>(value.slope * ((c + i == target.target ? 1.0f : 0.0f) - expf(v.v[i] - log_sum)));
+    for (int i = 0; i < N; ++i) out.v[i] = from_float<D>(value.slope * ((c + i == target.target ? 1.0f : 0.0f) - expf(v.v[i] - sum.top - log_sum)));
     store_pack<D, N>(d + c, out);
   }
 }

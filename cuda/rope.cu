@@ -15,10 +15,11 @@ __global__ void rope_table_kernel(const int32_t* positions, const float* inv_fre
   if (i >= rows * half) return;
   const int64_t row = i / half;
   const int column = static_cast<int>(i - row * half);
-  double sine, cosine;  // an f32 angle of thousands of radians would be off by 1e-4; the table is made once a step
-  sincos(static_cast<double>(positions[row]) * static_cast<double>(inv_freq[column]), &sine, &cosine);
-  cos_sin[row * ld + column] = static_cast<float>(cosine * static_cast<double>(factor));
-  cos_sin[row * ld + half + column] = static_cast<float>(sine * static_cast<double>(factor));
+  // The angle is rounded to f32, as models are trained; sincosf reduces large arguments exactly.
+  float sine, cosine;
+  sincosf(static_cast<float>(positions[row]) * inv_freq[column], &sine, &cosine);
+  cos_sin[row * ld + column] = cosine * factor;
+  cos_sin[row * ld + half + column] = sine * factor;
 }
 
 template <class T>

@@ -9,12 +9,13 @@
 #include "common.cuh"
 #include "core/random.h"
 #include "cuda_ops.h"
+#include "vocabulary.cuh"
 
 namespace loquetier::cuda {
 
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = kVocabularyThreads;
 constexpr int kWarps = kThreads / kWarp;
 constexpr double kMassUnit = 1099511627776.0;  // 2^40: 2^17 tokens of mass 1 still fit 64 bits
 
@@ -191,17 +192,12 @@ __device__ void apply_changes(const SampleArgs& a, const SampleRow& row, const C
 __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {
   extern __shared__ uint32_t seen[];
   __shared__ uint64_t shared[kWarps];
-  __shared__ float shared_float[kWarps];
   __shared__ float old_logit;
   const int64_t index = blockIdx.x;
   const SampleRow row = a.batch.rows[index];
   float* logits = a.logits + index * a.ld;
 
-  float top = -INFINITY, sum = 0;
-  for (int64_t t = threadIdx.x; t < a.cols; t += kThreads) top = fmaxf(top, logits[t]);
-  top = block_max(top, shared_float);
-  for (int64_t t = threadIdx.x; t < a.cols; t += kThreads) sum += expf(logits[t] - top);
-  const float log_sum = top + logf(block_sum(sum, shared_float));
+  const RowSum sum = log_sum_exp(logits, a.cols, reinterpret_cast<double*>(shared));
 
   uint64_t limit = UINT64_MAX;
   for (int n = 0; n < row.top_logprobs && a.top_ids != nullptr; ++n) {
@@ -213,7 +209,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {
     limit = block_max_u64(best, shared);
     if (threadIdx.x == 0) {
       a.top_ids[index * a.ld_top_ids + n] = token_of(limit);
-      a.top_logprobs[index * a.ld_top_logprobs + n] = logits[token_of(limit)] - log_sum;
+      a.top_logprobs[index * a.ld_top_logprobs + n] = sum.logprob(logits[token_of(limit)]);
     }
   }
 
@@ -269,7 +265,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {
   __syncthreads();
   if (threadIdx.x == 0) {
     a.ids[index] = token;
-    a.logprob[index] = old_logit - log_sum;
+    a.logprob[index] = sum.logprob(old_logit);
   }
 }
 

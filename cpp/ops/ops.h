@@ -238,6 +238,15 @@ class Ops {
   virtual void lora_shrink(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) = 0;
   // y[:, part] += scale * s[:, r0:r0+R] B^T.                  s [T, >= max_rank] C; y [T, sum out] C or f32
   virtual void lora_expand(const LoraLinear& linear, const LoraGroups& groups, TensorView s, TensorView y) = 0;
+  // y = x W^T + bias, then lora_shrink and lora_expand: s and y end as these three leave them. One call for a fused linear that is one matrix
+  // (w [sum out, in], as device backends place it), so that a backend may fuse the three.                  y [T, sum out] C or f32
+  virtual void linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
+                           TensorView y) {
+    this->linear(x, w, bias, y);
+    if (groups.count == 0 || groups.max_rank == 0) return;
+    lora_shrink(linear, groups, x, s);
+    lora_expand(linear, groups, s, y);
+  }
   // ds[:, r0:r0+R] = scale * dy[:, part] B.                   dy [T, sum out] C; ds [T, >= max_rank] C
   virtual void lora_backward_s(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView ds) = 0;
   // dx += (ds[:, r0:r0+R] A) * M, summed over parts.          ds [T, >= max_rank] C; dx [T, in] C
