@@ -3,8 +3,13 @@
 //
 // Order of a step: running decodes; then prompt chunks, by priority and fair between adapters (deficit round-robin, Shreedhar &
 // Varghese 1995); then training and evaluation rows with what is left of the row budget. Limits: rows, running sequences, KV pages,
-// bytes of the distinct adapters in one step. Nothing starves: a training example that was passed over `starvation_steps` times
-// goes before prompt chunks, a request waiting for its adapter's turn in the pool gets it in rotation.
+// bytes of the distinct adapters in one step.
+//
+// Nothing starves. Of each sort (decode, prompt, backward, example) the one that is next in turn and was passed over
+// `starvation_steps` times goes before everything else of a step, the longest passed-over first; so an adapter that does not fit
+// beside those in use gets its turn in the pool. An example longer than a step's row budget then gets a longer step (never above
+// max_batch_tokens). A priority that was passed over in `starvation_steps` steps with prompt rows has the first turn, and what
+// comes in by it is pre-empted after all others.
 //
 // Life of a request: add_request -> (waiting -> chunks -> decodes, maybe pre-empted back to waiting)* -> finish or remove. Of a
 // job: add_job -> micro-batches -> completed (in Plan::completed_jobs) -> forgotten at commit. Per adapter, jobs run in order of

@@ -1,4 +1,4 @@
-// One plan, phase by phase: what was passed over too long, decodes, starving examples, prompts, backward, training and evaluation.
+// One plan, phase by phase: what was passed over too long, decodes, prompts, backward, training and evaluation.
 //
 // Every phase takes rows, pages and pool bytes from what the phases before it left. A thing is claimed only when all it needs is
 // there, so a request that waits for pages never holds room in the pool that another could use.
@@ -33,7 +33,7 @@ Plan Planner::State::plan(const StepBudget& budget) {
   serve_overdue();
   if (limits.rows_left > 0) {
     serve_decodes();
-    training.serve_starving(limits);
+
     serve_prompts();
     unblock_prompt();
   }

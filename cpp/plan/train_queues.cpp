@@ -134,19 +134,6 @@ TrainQueues::Take TrainQueues::take(TrainQueue& queue, StepLimits& limits, bool 
 
 bool TrainQueues::serve_oldest(StepLimits& limits) { return take(*oldest(), limits, true) == Take::taken; }
 
-void TrainQueues::serve_starving(StepLimits& limits) {
-  for (auto* list : {&training_, &evaluation_}) {
-    if (list == &training_ && !may_train()) continue;
-    int looked_at = 0;
-    for (TrainQueue& queue : *list) {
-      if (limits.rows_left == 0 || ++looked_at > kMisses) break;
-      if (queue.passed < config_.starvation_steps) continue;
-      touch(queue);
-      if (!queue.served) take(queue, limits, true);
-    }
-  }
-}
-
 void TrainQueues::run_backward(StepLimits& limits) {
   if (may_train() || layers_now_ > 0) return;
   int64_t bytes = 0;

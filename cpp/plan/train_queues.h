@@ -56,14 +56,13 @@ class TrainQueues {
 
   // ---- one plan, in the order of these calls
   void begin(uint64_t serial, int32_t max_layers);
-  int64_t backward_age() const;             // steps that the backward under way was passed over; -1: none
-  int64_t example_age() const;              // steps that the longest passed-over example was; -1: none could run
-  int32_t oldest_rows() const;              // of that example
-  bool serve_oldest(StepLimits& limits);    // that example
-  void serve_starving(StepLimits& limits);  // examples passed over starvation_steps times
-  void run_backward(StepLimits& limits);    // notes how many layers of the backward under way; again in the same plan: nothing
-  void serve(StepLimits& limits);           // the rest
-  void emit(Plan& plan);                    // segments (train, then eval), rows, adapters, backward_layers, completed_jobs
+  int64_t backward_age() const;           // steps that the backward under way was passed over; -1: none
+  int64_t example_age() const;            // steps that the longest passed-over example was; -1: none could run
+  int32_t oldest_rows() const;            // of that example
+  bool serve_oldest(StepLimits& limits);  // that example
+  void run_backward(StepLimits& limits);  // notes how many layers of the backward under way; again in the same plan: nothing
+  void serve(StepLimits& limits);         // the rest
+  void emit(Plan& plan);                  // segments (train, then eval), rows, adapters, backward_layers, completed_jobs
   void commit(bool rows_offered, bool layers_offered);
   void abort();
 
