@@ -123,6 +123,7 @@ struct Engine::Impl {
   void take_in(Job&& job);
   void take_in(const CancelCommand& cancel);
   void take_in(const RemoveCommand& remove);
+  void forget_if_unused(const AdapterPtr& adapter);
   void run(const Plan& plan);
   WeightTableOfStep weights_of(const Plan& plan);
   void begin_micro_batch(const Plan& plan, const StepBatch& batch, int blob, const WeightTableOfStep& weights);

@@ -136,11 +136,18 @@ void Engine::Impl::take_in(const RemoveCommand& remove) {
   for (int64_t job : jobs) finish_job(job, "cancelled");
   core->removed.insert(id);
   core->planner.remove_adapter(id);
-  const bool in_flight = core->micro && std::ranges::find(core->micro->drop, remove.adapter) != core->micro->drop.end();
-  if (remove.adapter->train) core->stats.training_state_bytes -= static_cast<int64_t>(remove.adapter->train->bytes());
-  if (!in_flight) remove.adapter->train.reset();
-  const bool used = std::ranges::any_of(core->requests, [&](const auto& entry) { return entry.second.adapter == remove.adapter; });
-  if (!used) core->adapters.erase(id);
+  forget_if_unused(remove.adapter);
+}
+
+// A removed adapter stays as long as a micro-batch or a request uses it; its training state only as long as the micro-batch.
+void Engine::Impl::forget_if_unused(const AdapterPtr& adapter) {
+  Core& c = *core;
+  if (!adapter || !c.removed.contains(adapter->id)) return;
+  if (c.micro && std::ranges::find(c.micro->drop, adapter) != c.micro->drop.end()) return;
+  if (adapter->train) c.stats.training_state_bytes -= static_cast<int64_t>(adapter->train->bytes());
+  adapter->train.reset();
+  const bool used = std::ranges::any_of(c.requests, [&](const auto& entry) { return entry.second.adapter == adapter; });
+  if (!used) c.adapters.erase(adapter->id);
 }
 
 // ---------------------------------------------------------------- running a plan
@@ -272,9 +279,8 @@ void Engine::Impl::run_backward(int32_t layers) {
 void Engine::Impl::end_micro_batch() {
   MicroBatch micro = *std::exchange(core->micro, std::nullopt);
   for (const AdapterPtr& adapter : micro.drop) {
-    if (!adapter->train) continue;
-    if (core->removed.contains(adapter->id)) adapter->train.reset();
-    else adapter->train->drop_gradients();
+    if (adapter->train) adapter->train->drop_gradients();
+    forget_if_unused(adapter);
   }
 }
 
@@ -389,9 +395,7 @@ void Engine::Impl::finish_request(int64_t id, FinishReason reason, const std::st
   r.result.error = error;
   c.events.finished.push_back(std::move(r.result));
   c.ended.push_back(id);
-  if (!r.adapter || !c.removed.contains(r.adapter->id)) return;
-  const bool used = std::ranges::any_of(c.requests, [&](const auto& entry) { return entry.second.adapter == r.adapter; });
-  if (!used) c.adapters.erase(r.adapter->id);
+  forget_if_unused(r.adapter);
 }
 
 // Ends a job without a result. A training job that began takes the gradients since the last update with it.

@@ -352,7 +352,7 @@ TEST(random_work_ends_every_id_once_and_gives_everything_back) {
     inside.core->planner.check_invariants();
   }
   inside.budget.max_backward_layers = -1;
-  for (int i = 0; engine.has_work() && i < 5000; ++i) outcome.take(engine.step());
+  for (int i = 0; engine.has_work() && i < 100000; ++i) outcome.take(engine.step());
   CHECK(!engine.has_work());
   CHECK_EQ(static_cast<int64_t>(outcome.requests.size() + outcome.trained.size() + outcome.evaluated.size()), submitted);
   const EngineStats stats = engine.stats();
