@@ -335,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"the demo needs the package {error.name}: pip install 'loquetier-core[hf]'", file=sys.stderr)
         return 2
 
-    steps = args.steps or (60 if args.quick else None)
+    steps = args.steps or (40 if args.quick else None)
     recipes = [dataclasses.replace(r, steps=steps) if steps else r for r in tasks.LIVE_RECIPES]
     started = time.monotonic()
     # 1024 rows a step at most, so that training never keeps the requests waiting for long; ample memory for a small model.
