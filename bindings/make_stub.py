@@ -17,7 +17,9 @@ def main() -> None:
     stub = folder / "_native.pyi"
     text = stub.read_text()
     # Modules that only annotations name.
-    needed = [m for m in ("collections.abc", "os", "typing", "numpy", "numpy.typing") if f"{m}." in text and f"import {m}\n" not in text]
+    needed = [
+        m for m in ("collections.abc", "os", "typing", "numpy", "numpy.typing") if f"{m}." in text and f"import {m}\n" not in text
+    ]
     lines = text.split("\n")
     at = next(i for i, line in enumerate(lines) if line.startswith(("import ", "from ")) and "__future__" not in line)
     lines[at:at] = [f"import {m}" for m in needed]

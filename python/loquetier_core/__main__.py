@@ -11,7 +11,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loquetier_core", description="Tools of loquetier-core.")
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--cmake-dir", action="store_true", help="print the folder of the CMake package and exit")
-    parser.add_argument("command", nargs="?", choices=["report", "demo"], default="report", help="report: what this build can do (default); demo: serve and fine-tune a small model")
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=["report", "demo"],
+        default="report",
+        help="report: what this build can do (default); demo: serve and fine-tune a small model",
+    )
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.cmake_dir:

@@ -4,9 +4,9 @@
         async for event in aio.stream(prompt_ids, adapter="support"): ...
         result = await aio.train("legal", examples, optimizer=AdamW(lr=1e-4))
 
-Invariants: an id is registered under the same lock as its submission, and the stepping thread hands out events under that lock, so no
-event can come before its listener. Events of one step reach a loop in one call. When step() raises, every open stream raises that error,
-and so does whatever is submitted afterwards.
+Invariants: an id is registered under the same lock as its submission, and the stepping thread hands out events under that lock,
+so no event can come before its listener. Events of one step reach a loop in one call. When step() raises, every open stream
+raises that error, and so does whatever is submitted afterwards.
 """
 
 from __future__ import annotations
@@ -92,8 +92,14 @@ class AsyncEngine:
                         break
                 result = self.engine.step()
                 with self._lock:
-                    self._deliver([*((e.request_id, e) for e in result.tokens), *((r.request_id, r) for r in result.finished),
-                                   *((r.job_id, r) for r in result.trained), *((r.job_id, r) for r in result.evaluated)])
+                    self._deliver(
+                        [
+                            *((e.request_id, e) for e in result.tokens),
+                            *((r.request_id, r) for r in result.finished),
+                            *((r.job_id, r) for r in result.trained),
+                            *((r.job_id, r) for r in result.evaluated),
+                        ]
+                    )
         except BaseException as caught:  # whatever it is, the waiting tasks must learn of it
             error = caught
         with self._lock:
