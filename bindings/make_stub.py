@@ -3,6 +3,7 @@
 A signature that cannot be expressed, or a name that is not defined, fails the build: a stub with holes would be worse than none.
 """
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import sys
 def main() -> None:
     folder = pathlib.Path(sys.argv[1])
     command = [sys.executable, "-m", "pybind11_stubgen", "_native", "--output-dir", str(folder), "--exit-code"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))  # pip's isolated build lives in PYTHONPATH
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     if done.returncode != 0:
         sys.exit(f"pybind11-stubgen failed:\n{done.stdout}{done.stderr}")
     stub = folder / "_native.pyi"
