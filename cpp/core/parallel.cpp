@@ -1,6 +1,6 @@
-// A job is published by opening a gate: one atomic word that counts the workers inside. Workers that come too late miss the job instead
-// of holding it up, so a short job costs the caller no wake-up of a sleeping thread. Between jobs a worker spins briefly (a decode step
-// makes hundreds of jobs back to back), then sleeps on `posted`.
+// A job is published by opening a gate: one atomic word that counts the workers inside. Workers that come too late miss the job
+// instead of holding it up, so a short job costs the caller no wake-up of a sleeping thread. Between jobs a worker spins briefly (a
+// decode step makes hundreds of jobs back to back), then sleeps on `posted`.
 #include "core/parallel.h"
 
 #include <atomic>
@@ -20,10 +20,10 @@ namespace loquetier {
 
 namespace {
 
-constexpr uint32_t kOpen = 1u << 31;   // of the gate; the other bits count the workers inside
-constexpr int kSpins = 4000;           // about 100 microseconds before a worker sleeps
-constexpr int kSpinsBeforeYield = 200; // of a caller that waits for the last ranges
-constexpr int kRangesPerThread = 4;    // dynamic hand-out: a slow thread takes fewer
+constexpr uint32_t kOpen = 1u << 31;    // of the gate; the other bits count the workers inside
+constexpr int kSpins = 4000;            // about 100 microseconds before a worker sleeps
+constexpr int kSpinsBeforeYield = 200;  // of a caller that waits for the last ranges
+constexpr int kRangesPerThread = 4;     // dynamic hand-out: a slow thread takes fewer
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -45,7 +45,7 @@ int usable_processors() {
 }  // namespace
 
 struct ThreadPool::State {
-  std::atomic<bool> busy{false};   // a job runs: calls made meanwhile run inline
+  std::atomic<bool> busy{false};  // a job runs: calls made meanwhile run inline
   std::atomic<uint32_t> gate{0};
   std::atomic<uint32_t> posted{0};  // jobs so far; what sleeping workers wait on
   std::atomic<bool> stop{false};
@@ -118,9 +118,7 @@ ThreadPool::ThreadPool(int threads) : state_(std::make_unique<State>()) {
   }
 }
 
-ThreadPool::~ThreadPool() {
-  state_->shut_down();
-}
+ThreadPool::~ThreadPool() { state_->shut_down(); }
 
 int ThreadPool::threads() const { return static_cast<int>(state_->workers.size()) + 1; }
 

@@ -1,4 +1,5 @@
-// Gradients of packed attention. An item is one key/value head of one sequence: its dk and dv, and dq of its query heads, are its own.
+// Gradients of packed attention. An item is one key/value head of one sequence: its dk and dv, and dq of its query heads, are its
+// own.
 //
 // For every block of keys and tile of rows the scores are recomputed from q, k and the log-sum-exp:
 //   P = exp(scale q k^T - lse), dP = dout v^T, delta = sum(dout * out), dS = scale P (dP - delta)
@@ -11,7 +12,8 @@
 namespace loquetier::cpu {
 
 void CpuOps::attention_backward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dout,
-                                const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk, TensorView dv) {
+                                const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk,
+                                TensorView dv) {
   check_packed("attention_backward", q, k, v, batch, shape);
   check_matrix("attention_backward", "out", out, q.rows, q.cols);
   check_matrix("attention_backward", "lse", lse, q.rows, shape.q_heads);
@@ -23,14 +25,14 @@ void CpuOps::attention_backward(TensorView q, TensorView k, TensorView v, Tensor
   attention_items_.clear();
   for (int32_t i = 0; i < batch.sequences; ++i) {
     const int64_t rows = batch.host_q_rows[i];
-    require(rows == batch.host_kv_rows[i], "[attention_backward] sequence ", i, ": expected as many query as key rows, got ", rows, " and ",
-            batch.host_kv_rows[i]);
+    require(rows == batch.host_kv_rows[i], "[attention_backward] sequence ", i, ": expected as many query as key rows, got ", rows,
+            " and ", batch.host_kv_rows[i]);
     longest = std::max(longest, rows);
     if (rows == 0) continue;
     for (int32_t h = 0; h < shape.kv_heads; ++h) attention_items_.push_back({i, h, batch.host_q_begin[i], rows, 1});
   }
   const int64_t d = shape.head_size, group = shape.q_heads / shape.kv_heads, panel = kernels_.panel;
-  const int64_t transposed = (kKeyBlock + panel - 1) / panel * panel * d;                          // packed [D, 64]
+  const int64_t transposed = (kKeyBlock + panel - 1) / panel * panel * d;                            // packed [D, 64]
   const int64_t plain = (d + panel - 1) / panel * panel * std::max<int64_t>(kKeyBlock, kQueryTile);  // packed [64, D]
   const size_t bytes = 2 * Workspaces::size_for<float>(kQueryTile * kKeyBlock) + 2 * Workspaces::size_for<float>(transposed) +
                        2 * Workspaces::size_for<float>(plain) + Workspaces::size_for<float>(longest * group) +
@@ -42,8 +44,8 @@ void CpuOps::attention_backward(TensorView q, TensorView k, TensorView v, Tensor
     float* k_t = workspace.take<float>(transposed);
     float* v_t = workspace.take<float>(transposed);
     float* k_plain = workspace.take<float>(plain);
-    float* rows_plain = workspace.take<float>(plain);           // dout, then q, of the tile
-    float* delta = workspace.take<float>(longest * group);      // [group, rows]
+    float* rows_plain = workspace.take<float>(plain);       // dout, then q, of the tile
+    float* delta = workspace.take<float>(longest * group);  // [group, rows]
     const float** pointers = workspace.take<const float*>(kKeyBlock);
     const auto point_at = [&](const TensorView& view, int64_t row, int64_t n, int64_t col) {
       for (int64_t i = 0; i < n; ++i) pointers[i] = static_cast<const float*>(view.at(row + i, col));
@@ -79,8 +81,8 @@ void CpuOps::attention_backward(TensorView q, TensorView k, TensorView v, Tensor
               float* p_row = p + i * kKeyBlock;
               float* ds_row = ds + i * kKeyBlock;
               const int64_t seen = std::min(n, t + i - key + 1);
-              kernels_.softmax_backward(p_row, ds_row, *static_cast<const float*>(lse.at(q0 + t + i, head)), delta[g * rows + t + i],
-                                        shape.scale, p_row, ds_row, seen);
+              kernels_.softmax_backward(p_row, ds_row, *static_cast<const float*>(lse.at(q0 + t + i, head)),
+                                        delta[g * rows + t + i], shape.scale, p_row, ds_row, seen);
               std::fill(p_row + seen, p_row + n, 0.0f);
               std::fill(ds_row + seen, ds_row + n, 0.0f);
             }

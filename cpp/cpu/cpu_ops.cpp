@@ -73,10 +73,10 @@ size_t CpuDevice::free_bytes() const {
 void check_matrix(const char* op, const char* name, const TensorView& view, int64_t rows, int64_t cols, DType dtype) {
   require(view.dtype == dtype, "[", op, "] ", name, ": expected ", name_of(dtype), ", got ", name_of(view.dtype));
   const auto size = [](int64_t n) { return n < 0 ? std::string("any") : std::to_string(n); };
-  require(view.rows >= 0 && view.cols >= 0 && (rows < 0 || view.rows == rows) && (cols < 0 || view.cols == cols), "[", op, "] ", name,
-          ": expected [", size(rows), ", ", size(cols), "], got [", view.rows, ", ", view.cols, "]");
-  require(view.ld >= view.cols || view.rows <= 1, "[", op, "] ", name, ": expected a leading dimension of at least ", view.cols, ", got ",
-          view.ld);
+  require(view.rows >= 0 && view.cols >= 0 && (rows < 0 || view.rows == rows) && (cols < 0 || view.cols == cols), "[", op, "] ",
+          name, ": expected [", size(rows), ", ", size(cols), "], got [", view.rows, ", ", view.cols, "]");
+  require(view.ld >= view.cols || view.rows <= 1, "[", op, "] ", name, ": expected a leading dimension of at least ", view.cols,
+          ", got ", view.ld);
   require(view.data != nullptr || view.size() == 0, "[", op, "] ", name, ": expected data, got a null pointer");
 }
 

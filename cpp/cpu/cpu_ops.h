@@ -1,5 +1,5 @@
-// The CPU backend: the ops page in f32. One class; its methods stand by topic in gemm.cpp, lora.cpp, attention.cpp, attention_backward.cpp,
-// elementwise.cpp, rope.cpp, loss.cpp, sampling.cpp and optimizer.cpp.
+// The CPU backend: the ops page in f32. One class; its methods stand by topic in gemm.cpp, lora.cpp, attention.cpp,
+// attention_backward.cpp, elementwise.cpp, rope.cpp, loss.cpp, sampling.cpp and optimizer.cpp.
 //
 // Every method checks shapes before it writes, then splits its output into items for the thread pool. An item owns its part of the
 // output, so nothing is added across threads and results do not depend on the number of threads.
@@ -66,15 +66,16 @@ class CpuOps : public Ops {
   void rope_table(const int32_t* positions, const float* inv_freq, float attention_factor, TensorView cos_sin) override;
   void rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
             TensorView raw, const int32_t* kv_slots, KvLayer kv, const KvShape& kv_shape) override;
-  void rope_backward(TensorView dqkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
-                     TensorView raw) override;
+  void rope_backward(TensorView dqkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm,
+                     float eps, TensorView raw) override;
 
   void attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, const AttentionShape& shape,
                        TensorView out) override;
-  void attention_packed(TensorView q, TensorView k, TensorView v, const PackedBatch& batch, const AttentionShape& shape, TensorView out,
-                        TensorView lse) override;
+  void attention_packed(TensorView q, TensorView k, TensorView v, const PackedBatch& batch, const AttentionShape& shape,
+                        TensorView out, TensorView lse) override;
   void attention_backward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dout,
-                          const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk, TensorView dv) override;
+                          const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk,
+                          TensorView dv) override;
 
   void swiglu(TensorView gate_up, TensorView y) override;
   void swiglu_backward(TensorView gate_up, TensorView dy, TensorView dgate_up) override;
@@ -87,7 +88,8 @@ class CpuOps : public Ops {
   void adamw(const AdamBatch& batch, const float* norm) override;
 
  private:
-  // A part of one group's work: rows [row, row + rows) and, where the operation splits them, columns [col, col + cols) of part `part`.
+  // A part of one group's work: rows [row, row + rows) and, where the operation splits them, columns [col, col + cols) of part
+  // `part`.
   struct LoraItem {
     const LoraGroup* group;
     int32_t part;
@@ -125,14 +127,15 @@ class CpuOps : public Ops {
   void check_packed(const char* op, const TensorView& q, const TensorView& k, const TensorView& v, const PackedBatch& batch,
                     const AttentionShape& shape) const;
   template <class KeyRows>
-  void run_attention(const TensorView& q, const AttentionShape& shape, const TensorView& out, const TensorView& lse, KeyRows key_rows);
+  void run_attention(const TensorView& q, const AttentionShape& shape, const TensorView& out, const TensorView& lse,
+                     KeyRows key_rows);
   void list_chunks(const char* op, const AdamBatch& batch);
 
   CpuDevice device_;
   const Kernels& kernels_;
   const bool deterministic_;
   Workspaces workspaces_;
-  std::vector<LoraItem> lora_items_;            // of the running call; kept to keep their memory
+  std::vector<LoraItem> lora_items_;  // of the running call; kept to keep their memory
   std::vector<AttentionItem> attention_items_;
   std::vector<Chunk> chunks_;
   std::vector<double> partial_;

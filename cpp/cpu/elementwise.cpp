@@ -26,8 +26,8 @@ uint16_t to_bf16(float x) {
 float from_f16(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
   if (exponent == 31) return std::bit_cast<float>(sign | 0x7F800000u | fraction << 13);
-  const float magnitude = exponent == 0 ? static_cast<float>(fraction) * 0x1p-24f
-                                        : std::bit_cast<float>((exponent + 112) << 23 | fraction << 13);
+  const float magnitude =
+      exponent == 0 ? static_cast<float>(fraction) * 0x1p-24f : std::bit_cast<float>((exponent + 112) << 23 | fraction << 13);
   return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | sign);
 }
 
@@ -35,7 +35,7 @@ uint16_t to_f16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
-  if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00);  // NaN
+  if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00);   // NaN
   if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00);  // rounds above 65504
   if (magnitude < 0x38800000u) {  // subnormal: the addition of 0.5 rounds to a multiple of 2^-24
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
@@ -46,9 +46,12 @@ uint16_t to_f16(float x) {
 
 float read_float(const void* row, DType dtype, int64_t i) {
   switch (dtype) {
-    case DType::f16: return from_f16(static_cast<const uint16_t*>(row)[i]);
-    case DType::bf16: return from_bf16(static_cast<const uint16_t*>(row)[i]);
-    default: return static_cast<const float*>(row)[i];
+    case DType::f16:
+      return from_f16(static_cast<const uint16_t*>(row)[i]);
+    case DType::bf16:
+      return from_bf16(static_cast<const uint16_t*>(row)[i]);
+    default:
+      return static_cast<const float*>(row)[i];
   }
 }
 
@@ -93,7 +96,8 @@ void CpuOps::add(TensorView x, TensorView y) {
 }
 
 void CpuOps::convert(TensorView src, TensorView dst) {
-  for (const TensorView& view : {src, dst}) require(is_float(view.dtype), "[convert] dtype: expected f32, f16 or bf16, got ", name_of(view.dtype));
+  for (const TensorView& view : {src, dst})
+    require(is_float(view.dtype), "[convert] dtype: expected f32, f16 or bf16, got ", name_of(view.dtype));
   check_matrix("convert", "src", src, -1, -1, src.dtype);
   check_matrix("convert", "dst", dst, src.rows, src.cols, dst.dtype);
   parallel_rows(src.rows, src.cols, [&](int64_t begin, int64_t end) {

@@ -1,4 +1,5 @@
-// Products of one thread, blocked for the caches around the kernels. The operations split their outputs into items, one product each.
+// Products of one thread, blocked for the caches around the kernels. The operations split their outputs into items, one product
+// each.
 //
 // Both forms sum over k in an order that depends on k alone (blocks of fixed size, in ascending order), never on m, n or on how the
 // output was split. So an output element is the same, bit for bit, in whatever batch it is computed.

@@ -16,8 +16,8 @@ namespace loquetier::cpu {
 
 const Kernels* kernels_avx512() {
   static constexpr Kernels kTable = avx512::make_table("avx512");
-  const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
   return supported ? &kTable : nullptr;
 }
 

@@ -2,8 +2,8 @@
 //   LOQUETIER_ISA    the namespace of this copy
 //   LOQUETIER_LANES  floats in a vector
 //   LOQUETIER_REGS   vector registers
-// Written with the compilers' vector extensions, so the same text serves every width. No standard library function is called in here:
-// an inline one would be compiled for this instruction set and could be picked by the linker for the whole program.
+// Written with the compilers' vector extensions, so the same text serves every width. No standard library function is called in
+// here: an inline one would be compiled for this instruction set and could be picked by the linker for the whole program.
 
 namespace loquetier::cpu::LOQUETIER_ISA {
 
@@ -77,14 +77,15 @@ LOQUETIER_INLINE Vec fold_all(const Vec* v) {
 
 // ---------------------------------------------------------------- dot: both operands contiguous along k
 
-// Columns of a tile share each load of x, rows each load of w: kDotRows * kDotCols sums stay in registers. Measured on Zen 4, k = 768, 16 rows:
-// 4 x 4 reaches 94 GFLOP/s, 3 x 8 75 (8 rows of w of a block no longer fit the first-level cache beside x), 6 x 4 between 75 and 97.
+// Columns of a tile share each load of x, rows each load of w: kDotRows * kDotCols sums stay in registers. Measured on Zen 4, k =
+// 768, 16 rows: 4 x 4 reaches 94 GFLOP/s, 3 x 8 75 (8 rows of w of a block no longer fit the first-level cache beside x), 6 x 4
+// between 75 and 97.
 constexpr int kDotRows = LOQUETIER_REGS >= 32 ? 4 : 3;
 constexpr int kDotCols = 4;
 
 template <int M>
-LOQUETIER_INLINE void dot_tile(int64_t cols, int64_t k, const float* x, int64_t ldx, const float* w, int64_t ldw, float* y, int64_t ldy,
-                               bool accumulate) {
+LOQUETIER_INLINE void dot_tile(int64_t cols, int64_t k, const float* x, int64_t ldx, const float* w, int64_t ldw, float* y,
+                               int64_t ldy, bool accumulate) {
   const float* row[kDotCols];
 #pragma GCC unroll 16
   for (int j = 0; j < kDotCols; ++j) row[j] = w + (j < cols ? j : cols - 1) * ldw;  // past the edge: a column computed and dropped
@@ -123,8 +124,8 @@ LOQUETIER_INLINE void dot_tile(int64_t cols, int64_t k, const float* x, int64_t 
 }
 
 template <int M>
-LOQUETIER_INLINE void dot_rows(int64_t rows, int64_t cols, int64_t k, const float* x, int64_t ldx, const float* w, int64_t ldw, float* y,
-                               int64_t ldy, bool accumulate) {
+LOQUETIER_INLINE void dot_rows(int64_t rows, int64_t cols, int64_t k, const float* x, int64_t ldx, const float* w, int64_t ldw,
+                               float* y, int64_t ldy, bool accumulate) {
   if constexpr (M > 0) {
     if (rows == M) dot_tile<M>(cols, k, x, ldx, w, ldw, y, ldy, accumulate);
     else dot_rows<M - 1>(rows, cols, k, x, ldx, w, ldw, y, ldy, accumulate);
@@ -136,7 +137,8 @@ void dot(int64_t rows, int64_t cols, int64_t k, const float* x, int64_t ldx, con
   for (int64_t j = 0; j < cols; j += kDotCols) {
     const float* wj = w + j * ldw;
     int64_t i = 0;
-    for (; i + kDotRows <= rows; i += kDotRows) dot_tile<kDotRows>(cols - j, k, x + i * ldx, ldx, wj, ldw, y + i * ldy + j, ldy, accumulate);
+    for (; i + kDotRows <= rows; i += kDotRows)
+      dot_tile<kDotRows>(cols - j, k, x + i * ldx, ldx, wj, ldw, y + i * ldy + j, ldy, accumulate);
     dot_rows<kDotRows - 1>(rows - i, cols - j, k, x + i * ldx, ldx, wj, ldw, y + i * ldy + j, ldy, accumulate);
   }
 }
@@ -200,8 +202,8 @@ void pack_transposed(int64_t k, int64_t n, const float* const* rows, float* pane
 }
 
 template <int M, int V>
-void multiply_tile(int64_t cols, int64_t k, const float* a, int64_t row_step, int64_t k_step, const float* panel, float alpha, float* c,
-                   int64_t ldc, bool accumulate) {
+void multiply_tile(int64_t cols, int64_t k, const float* a, int64_t row_step, int64_t k_step, const float* panel, float alpha,
+                   float* c, int64_t ldc, bool accumulate) {
   Vec sum[M][V] = {};
   for (int64_t p = 0; p < k; ++p, panel += kPanel) {
     Vec b[V];
@@ -243,8 +245,8 @@ LOQUETIER_INLINE void multiply_rows(int64_t rows, int64_t cols, int64_t k, const
   }
 }
 
-void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t row_step, int64_t k_step, const float* panels, int64_t stride,
-              float alpha, float* c, int64_t ldc, bool accumulate) {
+void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t row_step, int64_t k_step, const float* panels,
+              int64_t stride, float alpha, float* c, int64_t ldc, bool accumulate) {
   for (int64_t i = 0; i < m; i += kTileRows) {
     const int64_t rows = m - i < kTileRows ? m - i : kTileRows;
     for (int64_t j = 0; j < n; j += kPanel) {
@@ -257,8 +259,8 @@ void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t row_step,
 
 // ---------------------------------------------------------------- elementwise
 
-// e^x to about one unit in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r, then n into the exponent in two steps so
-// that results near the smallest normal number stay right. NaN stays NaN, below -104 gives 0.
+// e^x to about one unit in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r, then n into the exponent in two
+// steps so that results near the smallest normal number stay right. NaN stays NaN, below -104 gives 0.
 LOQUETIER_INLINE Vec exp(Vec x) {
   const Vec low = splat(-104.0f), high = splat(89.0f);
   const Vec inside = x < low ? low : (x > high ? high : x);
@@ -343,54 +345,66 @@ double dot_double(const float* x, const float* y, int64_t n) {
   return sum_double(n, [&](int64_t i, int64_t m) LOQUETIER_LAMBDA { return load_up_to(x + i, m) * load_up_to(y + i, m); });
 }
 double dot3_double(const float* x, const float* y, const float* z, int64_t n) {
-  return sum_double(n, [&](int64_t i, int64_t m)
-                           LOQUETIER_LAMBDA { return load_up_to(x + i, m) * load_up_to(y + i, m) * load_up_to(z + i, m); });
+  return sum_double(
+      n, [&](int64_t i, int64_t m) LOQUETIER_LAMBDA { return load_up_to(x + i, m) * load_up_to(y + i, m) * load_up_to(z + i, m); });
 }
 
 void axpy(float alpha, const float* x, float* y, int64_t n) {
   const Vec a = splat(alpha);
-  sweep(n, [&](int64_t i) LOQUETIER_LAMBDA { store(y + i, load(y + i) + a * load(x + i)); },
-        [&](int64_t i, int64_t m) LOQUETIER_LAMBDA { store_first(y + i, load_first(y + i, m) + a * load_first(x + i, m), m); });
+  sweep(
+      n, [&](int64_t i) LOQUETIER_LAMBDA { store(y + i, load(y + i) + a * load(x + i)); },
+      [&](int64_t i, int64_t m) LOQUETIER_LAMBDA { store_first(y + i, load_first(y + i, m) + a * load_first(x + i, m), m); });
 }
 void scale(float alpha, const float* x, float* y, int64_t n) {
   const Vec a = splat(alpha);
-  sweep(n, [&](int64_t i) LOQUETIER_LAMBDA { store(y + i, a * load(x + i)); },
-        [&](int64_t i, int64_t m) LOQUETIER_LAMBDA { store_first(y + i, a * load_first(x + i, m), m); });
+  sweep(
+      n, [&](int64_t i) LOQUETIER_LAMBDA { store(y + i, a * load(x + i)); },
+      [&](int64_t i, int64_t m) LOQUETIER_LAMBDA { store_first(y + i, a * load_first(x + i, m), m); });
 }
 void scale_by(float alpha, const float* x, const float* w, float* y, int64_t n) {
   const Vec a = splat(alpha);
-  sweep(n, [&](int64_t i) LOQUETIER_LAMBDA { store(y + i, a * load(x + i) * load(w + i)); },
-        [&](int64_t i, int64_t m) LOQUETIER_LAMBDA { store_first(y + i, a * load_first(x + i, m) * load_first(w + i, m), m); });
+  sweep(
+      n, [&](int64_t i) LOQUETIER_LAMBDA { store(y + i, a * load(x + i) * load(w + i)); },
+      [&](int64_t i, int64_t m) LOQUETIER_LAMBDA { store_first(y + i, a * load_first(x + i, m) * load_first(w + i, m), m); });
 }
 void norm_backward(float alpha, const float* w, const float* dy, float beta, const float* x, float* dx, int64_t n) {
   const Vec a = splat(alpha), b = splat(beta);
-  sweep(n, [&](int64_t i) LOQUETIER_LAMBDA { store(dx + i, load(dx + i) + (a * load(w + i) * load(dy + i) - b * load(x + i))); },
-        [&](int64_t i, int64_t m) LOQUETIER_LAMBDA {
-          store_first(dx + i, load_first(dx + i, m) + (a * load_first(w + i, m) * load_first(dy + i, m) - b * load_first(x + i, m)), m);
-        });
+  sweep(
+      n, [&](int64_t i) LOQUETIER_LAMBDA { store(dx + i, load(dx + i) + (a * load(w + i) * load(dy + i) - b * load(x + i))); },
+      [&](int64_t i, int64_t m) LOQUETIER_LAMBDA {
+        store_first(dx + i, load_first(dx + i, m) + (a * load_first(w + i, m) * load_first(dy + i, m) - b * load_first(x + i, m)),
+                    m);
+      });
 }
 void rotate(const float* cos, const float* sin, float* first, float* second, int64_t n) {
-  sweep(n,
-        [&](int64_t i) LOQUETIER_LAMBDA {
-          const Vec a = load(first + i), b = load(second + i), c = load(cos + i), s = load(sin + i);
-          store(first + i, a * c - b * s);
-          store(second + i, b * c + a * s);
-        },
-        [&](int64_t i, int64_t m) LOQUETIER_LAMBDA {
-          const Vec a = load_first(first + i, m), b = load_first(second + i, m), c = load_first(cos + i, m), s = load_first(sin + i, m);
-          store_first(first + i, a * c - b * s, m);
-          store_first(second + i, b * c + a * s, m);
-        });
+  sweep(
+      n,
+      [&](int64_t i) LOQUETIER_LAMBDA {
+        const Vec a = load(first + i), b = load(second + i), c = load(cos + i), s = load(sin + i);
+        store(first + i, a * c - b * s);
+        store(second + i, b * c + a * s);
+      },
+      [&](int64_t i, int64_t m) LOQUETIER_LAMBDA {
+        const Vec a = load_first(first + i, m), b = load_first(second + i, m), c = load_first(cos + i, m),
+                  s = load_first(sin + i, m);
+        store_first(first + i, a * c - b * s, m);
+        store_first(second + i, b * c + a * s, m);
+      });
 }
 
 LOQUETIER_INLINE Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
 
 void swiglu(const float* gate, const float* up, float* y, int64_t n) {
-  sweep(n, [&](int64_t i) LOQUETIER_LAMBDA { const Vec g = load(gate + i); store(y + i, g * sigmoid(g) * load(up + i)); },
-        [&](int64_t i, int64_t m) LOQUETIER_LAMBDA {
-          const Vec g = load_first(gate + i, m);
-          store_first(y + i, g * sigmoid(g) * load_first(up + i, m), m);
-        });
+  sweep(
+      n,
+      [&](int64_t i) LOQUETIER_LAMBDA {
+        const Vec g = load(gate + i);
+        store(y + i, g * sigmoid(g) * load(up + i));
+      },
+      [&](int64_t i, int64_t m) LOQUETIER_LAMBDA {
+        const Vec g = load_first(gate + i, m);
+        store_first(y + i, g * sigmoid(g) * load_first(up + i, m), m);
+      });
 }
 void swiglu_backward(const float* gate, const float* up, const float* dy, float* dgate, float* dup, int64_t n) {
   const auto both = [](Vec g, Vec u, Vec d, Vec& dg, Vec& du) LOQUETIER_LAMBDA {
@@ -398,39 +412,42 @@ void swiglu_backward(const float* gate, const float* up, const float* dy, float*
     du = d * g * s;
     dg = d * u * (s + g * s * (splat(1.0f) - s));
   };
-  sweep(n,
-        [&](int64_t i) LOQUETIER_LAMBDA {
-          Vec dg, du;
-          both(load(gate + i), load(up + i), load(dy + i), dg, du);
-          store(dgate + i, dg);
-          store(dup + i, du);
-        },
-        [&](int64_t i, int64_t m) LOQUETIER_LAMBDA {
-          Vec dg, du;
-          both(load_first(gate + i, m), load_first(up + i, m), load_first(dy + i, m), dg, du);
-          store_first(dgate + i, dg, m);
-          store_first(dup + i, du, m);
-        });
+  sweep(
+      n,
+      [&](int64_t i) LOQUETIER_LAMBDA {
+        Vec dg, du;
+        both(load(gate + i), load(up + i), load(dy + i), dg, du);
+        store(dgate + i, dg);
+        store(dup + i, du);
+      },
+      [&](int64_t i, int64_t m) LOQUETIER_LAMBDA {
+        Vec dg, du;
+        both(load_first(gate + i, m), load_first(up + i, m), load_first(dy + i, m), dg, du);
+        store_first(dgate + i, dg, m);
+        store_first(dup + i, du, m);
+      });
 }
 
 void softmax_backward(const float* s, const float* dp, float lse, float delta, float scale, float* p, float* ds, int64_t n) {
   const Vec l = splat(lse), d = splat(delta), by = splat(scale);
-  sweep(n,
-        [&](int64_t i) LOQUETIER_LAMBDA {
-          const Vec e = exp(load(s + i) - l);
-          store(ds + i, e * (load(dp + i) - d) * by);
-          store(p + i, e);
-        },
-        [&](int64_t i, int64_t m) LOQUETIER_LAMBDA {
-          const Vec e = exp(load_first(s + i, m) - l);
-          store_first(ds + i, e * (load_first(dp + i, m) - d) * by, m);
-          store_first(p + i, e, m);
-        });
+  sweep(
+      n,
+      [&](int64_t i) LOQUETIER_LAMBDA {
+        const Vec e = exp(load(s + i) - l);
+        store(ds + i, e * (load(dp + i) - d) * by);
+        store(p + i, e);
+      },
+      [&](int64_t i, int64_t m) LOQUETIER_LAMBDA {
+        const Vec e = exp(load_first(s + i, m) - l);
+        store_first(ds + i, e * (load_first(dp + i, m) - d) * by, m);
+        store_first(p + i, e, m);
+      });
 }
 
 constexpr Kernels make_table(const char* name) {
-  return {name,  W,        kPanel,        kTileRows,   dot,    pack,   pack_transposed, multiply,        max, exp_sum, dot_double, axpy,
-          scale, scale_by, norm_backward, dot3_double, rotate, swiglu, swiglu_backward, softmax_backward};
+  return {
+      name,  W,        kPanel,        kTileRows,   dot,    pack,   pack_transposed, multiply,        max, exp_sum, dot_double, axpy,
+      scale, scale_by, norm_backward, dot3_double, rotate, swiglu, swiglu_backward, softmax_backward};
 }
 
 #undef LOQUETIER_INLINE

@@ -3,7 +3,8 @@
 
 #if defined(__clang__)
 #define LOQUETIER_PRAGMA(text) _Pragma(#text)
-#define LOQUETIER_BEGIN_TARGET(features) LOQUETIER_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define LOQUETIER_BEGIN_TARGET(features) \
+  LOQUETIER_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define LOQUETIER_END_TARGET _Pragma("clang attribute pop")
 #else
 #define LOQUETIER_PRAGMA(text) _Pragma(#text)

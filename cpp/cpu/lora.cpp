@@ -1,5 +1,5 @@
-// Grouped LoRA: every group at its true rank, no padding. Each operation lists items (a group's part, a range of rows, a range of columns) so that one
-// large group and many groups of one row both occupy all threads, then runs the items over the pool.
+// Grouped LoRA: every group at its true rank, no padding. Each operation lists items (a group's part, a range of rows, a range of
+// columns) so that one large group and many groups of one row both occupy all threads, then runs the items over the pool.
 //
 // A dropout mask is regenerated from its counter wherever x or dx of a group with dropout is touched; such rows go through scratch.
 #include <algorithm>
@@ -12,13 +12,13 @@ namespace loquetier::cpu {
 
 namespace {
 
-constexpr int64_t kShrinkRows = 64;       // rows of one item of a product with few columns (the ranks)
-constexpr int64_t kShrinkRanks = 16;      // ranks of one item when the group has few rows: A is streamed once, by several threads
+constexpr int64_t kShrinkRows = 64;   // rows of one item of a product with few columns (the ranks)
+constexpr int64_t kShrinkRanks = 16;  // ranks of one item when the group has few rows: A is streamed once, by several threads
 constexpr int64_t kFewRows = 8;
-constexpr int64_t kExpandCols = 256;      // output columns of one item of a product with few terms
-constexpr int64_t kWeightDepth = 128;     // rows of x or dy per pass: their pages stay in the first-level TLB
-constexpr int64_t kWeightCols = 128;      // columns of dA of one item
-constexpr int64_t kWeightRows = 192;      // rows of dB of one item
+constexpr int64_t kExpandCols = 256;   // output columns of one item of a product with few terms
+constexpr int64_t kWeightDepth = 128;  // rows of x or dy per pass: their pages stay in the first-level TLB
+constexpr int64_t kWeightCols = 128;   // columns of dA of one item
+constexpr int64_t kWeightRows = 192;   // rows of dB of one item
 
 // m[i] = keep(column + i) / (1 - p) or 0
 void dropout_mask(uint64_t key, uint32_t stream, int64_t column, int64_t n, float p, float* m) {
@@ -44,7 +44,8 @@ struct Part {
 }  // namespace
 
 void CpuOps::check_lora(const char* op, const LoraLinear& linear, const LoraGroups& groups, int64_t rows) const {
-  require(linear.parts >= 1 && linear.parts <= kMaxParts, "[", op, "] linear: expected 1 to ", kMaxParts, " parts, got ", linear.parts);
+  require(linear.parts >= 1 && linear.parts <= kMaxParts, "[", op, "] linear: expected 1 to ", kMaxParts, " parts, got ",
+          linear.parts);
   int64_t end = 0;
   for (int32_t g = 0; g < groups.count; ++g) {
     const LoraGroup& group = groups.host_groups[g];
@@ -61,7 +62,8 @@ void CpuOps::check_lora(const char* op, const LoraLinear& linear, const LoraGrou
               ": expected a rank with A and B, got rank ", part.rank);
       ranks += part.rank;
     }
-    require(ranks <= groups.max_rank, "[", op, "] groups[", g, "]: expected ranks of at most ", groups.max_rank, " together, got ", ranks);
+    require(ranks <= groups.max_rank, "[", op, "] groups[", g, "]: expected ranks of at most ", groups.max_rank, " together, got ",
+            ranks);
   }
 }
 
@@ -75,7 +77,8 @@ void CpuOps::for_each_part(const LoraLinear& linear, const LoraGroups& groups, E
     int64_t out_begin = 0;
     for (int32_t p = 0; p < linear.parts; ++p) {
       if (site.part[p].rank > 0)
-        each(Part{&group, &site.part[p], group.host_grads ? &group.host_grads[linear.site].part[p] : nullptr, p, rank_begin, out_begin});
+        each(Part{&group, &site.part[p], group.host_grads ? &group.host_grads[linear.site].part[p] : nullptr, p, rank_begin,
+                  out_begin});
       rank_begin += site.part[p].rank;
       out_begin += linear.out[p];
     }
@@ -124,7 +127,8 @@ void CpuOps::lora_shrink(const LoraLinear& linear, const LoraGroups& groups, Ten
       if (item.group->dropout > 0) {
         for (int64_t t = 0; t < item.rows; ++t) {
           float* row = masked + t * linear.in;
-          dropout_mask(groups.row_keys[item.row + t], dropout_stream(linear.site, item.part), 0, linear.in, item.group->dropout, row);
+          dropout_mask(groups.row_keys[item.row + t], dropout_stream(linear.site, item.part), 0, linear.in, item.group->dropout,
+                       row);
           kernels_.scale_by(1.0f, from + t * x.ld, row, row, linear.in);
         }
         from = masked;
@@ -179,8 +183,8 @@ void CpuOps::lora_backward_s(const LoraLinear& linear, const LoraGroups& groups,
       workspace.rewind();
       run(kernels_, workspace,
           {item.rows, part.rank, linear.out[item.part], static_cast<const float*>(dy.at(item.row, item.out_begin)), dy.ld, 1,
-           static_cast<const float*>(part.b), part.rank, false, part.scale, static_cast<float*>(ds.at(item.row, item.rank_begin)), ds.ld,
-           false});
+           static_cast<const float*>(part.b), part.rank, false, part.scale, static_cast<float*>(ds.at(item.row, item.rank_begin)),
+           ds.ld, false});
     }
   });
 }
@@ -213,8 +217,19 @@ void CpuOps::lora_backward_x(const LoraLinear& linear, const LoraGroups& groups,
       for (int32_t p = 0; p < linear.parts; rank_begin += site.part[p].rank, ++p) {
         if (site.part[p].rank == 0) continue;
         workspace.rewind();
-        Product product{item.rows, item.cols, site.part[p].rank, static_cast<const float*>(ds.at(item.row, rank_begin)), ds.ld, 1,
-                        static_cast<const float*>(site.part[p].a) + item.col, linear.in, false, 1.0f, out, dx.ld, true};
+        Product product{item.rows,
+                        item.cols,
+                        site.part[p].rank,
+                        static_cast<const float*>(ds.at(item.row, rank_begin)),
+                        ds.ld,
+                        1,
+                        static_cast<const float*>(site.part[p].a) + item.col,
+                        linear.in,
+                        false,
+                        1.0f,
+                        out,
+                        dx.ld,
+                        true};
         if (item.group->dropout == 0) {
           run(kernels_, workspace, product);
           continue;
@@ -226,7 +241,8 @@ void CpuOps::lora_backward_x(const LoraLinear& linear, const LoraGroups& groups,
         product.accumulate = false;
         run(kernels_, workspace, product);
         for (int64_t t = 0; t < item.rows; ++t) {
-          dropout_mask(groups.row_keys[item.row + t], dropout_stream(linear.site, p), item.col, item.cols, item.group->dropout, mask);
+          dropout_mask(groups.row_keys[item.row + t], dropout_stream(linear.site, p), item.col, item.cols, item.group->dropout,
+                       mask);
           float* row = plain + t * kBlockN;
           kernels_.scale_by(1.0f, row, mask, row, item.cols);
           kernels_.axpy(1.0f, row, out + t * dx.ld, item.cols);
@@ -270,8 +286,8 @@ void CpuOps::lora_backward_weights(const LoraLinear& linear, const LoraGroups& g
         if (item.part < kForA) {
           run(kernels_, workspace,
               {item.cols, part.rank, depth, static_cast<const float*>(dy.at(row, item.out_begin + item.col)), 1, dy.ld,
-               static_cast<const float*>(s.at(row, item.rank_begin)), s.ld, false, part.scale, grad.db + item.col * part.rank, part.rank,
-               true});
+               static_cast<const float*>(s.at(row, item.rank_begin)), s.ld, false, part.scale, grad.db + item.col * part.rank,
+               part.rank, true});
           continue;
         }
         const float* from = static_cast<const float*>(x.at(row, item.col));

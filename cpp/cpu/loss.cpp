@@ -1,4 +1,5 @@
-// Token losses and their gradient, and the log-probability that sampling reports: both through log_partition(), so they agree bit for bit.
+// Token losses and their gradient, and the log-probability that sampling reports: both through log_partition(), so they agree bit
+// for bit.
 #include "cpu/loss.h"
 
 #include <algorithm>
@@ -26,7 +27,8 @@ Loss token_loss_of(const LossRow& row, double p) {
   const double w = static_cast<double>(row.weight), advantage = static_cast<double>(row.advantage);
   switch (row.kind) {
     case LossKind::cross_entropy:
-    case LossKind::weighted_logprob: return {-w * p, -w};
+    case LossKind::weighted_logprob:
+      return {-w * p, -w};
     case LossKind::importance_sampling: {
       const double ratio = std::exp(p - static_cast<double>(row.old_logprob));
       return {-w * ratio * advantage, -w * ratio * advantage};
@@ -50,8 +52,8 @@ void CpuOps::token_loss(TensorView logits, const LossRow* rows, TensorView dlogi
   const bool gradient = dlogits.data != nullptr;
   if (gradient) check_matrix("token_loss", "dlogits", dlogits, logits.rows, logits.cols);
   for (int64_t i = 0; i < logits.rows; ++i) {
-    require(rows[i].target >= 0 && rows[i].target < logits.cols, "[token_loss] rows[", i, "].target: expected 0 to ", logits.cols - 1,
-            ", got ", rows[i].target);
+    require(rows[i].target >= 0 && rows[i].target < logits.cols, "[token_loss] rows[", i, "].target: expected 0 to ",
+            logits.cols - 1, ", got ", rows[i].target);
     require(rows[i].kind >= LossKind::cross_entropy && rows[i].kind <= LossKind::weighted_logprob, "[token_loss] rows[", i,
             "].kind: expected a loss kind, got ", static_cast<int32_t>(rows[i].kind));
   }

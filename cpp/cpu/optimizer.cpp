@@ -16,10 +16,12 @@ constexpr int64_t kChunk = 16384;
 void CpuOps::list_chunks(const char* op, const AdamBatch& batch) {
   for (int32_t i = 0; i < batch.tensor_count; ++i) {
     const AdamTensor& tensor = batch.host_tensors[i];
-    require(tensor.job >= 0 && tensor.job < batch.job_count, "[", op, "] tensors[", i, "]: expected a job below ", batch.job_count, ", got ",
-            tensor.job);
-    require(i == 0 || batch.host_tensors[i - 1].job <= tensor.job, "[", op, "] tensors[", i, "]: expected tensors in order of their jobs");
-    require(tensor.n >= 0 && (tensor.n == 0 || tensor.grad), "[", op, "] tensors[", i, "]: expected a gradient of ", tensor.n, " elements");
+    require(tensor.job >= 0 && tensor.job < batch.job_count, "[", op, "] tensors[", i, "]: expected a job below ", batch.job_count,
+            ", got ", tensor.job);
+    require(i == 0 || batch.host_tensors[i - 1].job <= tensor.job, "[", op, "] tensors[", i,
+            "]: expected tensors in order of their jobs");
+    require(tensor.n >= 0 && (tensor.n == 0 || tensor.grad), "[", op, "] tensors[", i, "]: expected a gradient of ", tensor.n,
+            " elements");
   }
   chunks_.clear();
   for (int32_t i = 0; i < batch.tensor_count; ++i)

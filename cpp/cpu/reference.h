@@ -1,7 +1,7 @@
 // The oracle: every operation of ops.h, forward and backward, as plainly as it can be written, templated on the scalar S.
-// With double it gives the values that backends are compared with; with std::complex<double> it proves each backward formula by complex step
-// (tests/cpp/reference_tests.cpp). Comparisons look at the real part, so a derivative follows the branch that the value takes.
-// Matrices are row-major; letters as in ops.h. Not part of the library: only tests include it.
+// With double it gives the values that backends are compared with; with std::complex<double> it proves each backward formula by
+// complex step (tests/cpp/reference_tests.cpp). Comparisons look at the real part, so a derivative follows the branch that the
+// value takes. Matrices are row-major; letters as in ops.h. Not part of the library: only tests include it.
 #pragma once
 
 #include <algorithm>
@@ -76,13 +76,14 @@ template <class S>
 struct LoraCase {
   int32_t site = 0;
   int64_t in = 0;
-  std::vector<int64_t> out;            // columns of each part
+  std::vector<int64_t> out;  // columns of each part
   std::vector<LoraGroupOf<S>> groups;
-  std::vector<uint64_t> row_keys;      // [T]
+  std::vector<uint64_t> row_keys;  // [T]
 
   double mask(const LoraGroupOf<S>& group, int64_t row, int32_t part, int64_t column) const {
     if (group.dropout == 0) return 1;
-    const bool keep = dropout_keep(row_keys[static_cast<size_t>(row)], dropout_stream(site, part), column, static_cast<float>(group.dropout));
+    const bool keep =
+        dropout_keep(row_keys[static_cast<size_t>(row)], dropout_stream(site, part), column, static_cast<float>(group.dropout));
     return keep ? 1 / (1 - group.dropout) : 0;
   }
   // each(group, its index, part, index of the part, r0, first output column)
@@ -234,8 +235,8 @@ Matrix<S> rotate(const Matrix<S>& x, const Matrix<double>& cos_sin, double direc
 
 // qkv in place, on the q and k columns; norms [D] or empty.
 template <class S>
-void rope(Matrix<S>& qkv, const AttentionShape& shape, const Matrix<double>& cos_sin, const Matrix<S>& q_norm, const Matrix<S>& k_norm,
-          double eps) {
+void rope(Matrix<S>& qkv, const AttentionShape& shape, const Matrix<double>& cos_sin, const Matrix<S>& q_norm,
+          const Matrix<S>& k_norm, double eps) {
   for (int64_t h = 0; h < shape.q_heads + shape.kv_heads; ++h) {
     Matrix<S> head = take_head(qkv, h, shape.head_size);
     const Matrix<S>& w = h < shape.q_heads ? q_norm : k_norm;
@@ -300,7 +301,8 @@ void attention(const Matrix<S>& q, const Matrix<S>& k, const Matrix<S>& v, const
 // dq, dk, dv: zero on entry.
 template <class S>
 void attention_backward(const Matrix<S>& q, const Matrix<S>& k, const Matrix<S>& v, const Matrix<S>& dout,
-                        const std::vector<Sequence>& sequences, const AttentionShape& shape, Matrix<S>& dq, Matrix<S>& dk, Matrix<S>& dv) {
+                        const std::vector<Sequence>& sequences, const AttentionShape& shape, Matrix<S>& dq, Matrix<S>& dk,
+                        Matrix<S>& dv) {
   const int64_t d = shape.head_size, group = shape.q_heads / shape.kv_heads;
   std::vector<S> p, dp;
   for (const Sequence& s : sequences)
@@ -396,7 +398,8 @@ inline Matrix<double> token_loss_gradient(const Matrix<double>& logits, const st
     const LossRow& row = rows[static_cast<size_t>(i)];
     const std::vector<double> p = log_softmax(logits, i);
     const double slope = token_loss_slope(row, p[static_cast<size_t>(row.target)]);
-    for (int64_t j = 0; j < logits.cols; ++j) d(i, j) = slope * ((j == row.target ? 1.0 : 0.0) - std::exp(p[static_cast<size_t>(j)]));
+    for (int64_t j = 0; j < logits.cols; ++j)
+      d(i, j) = slope * ((j == row.target ? 1.0 : 0.0) - std::exp(p[static_cast<size_t>(j)]));
   }
   return d;
 }
@@ -406,12 +409,12 @@ inline std::vector<int32_t> kept_tokens(const std::vector<double>& x, const Samp
   std::vector<int32_t> order;
   for (size_t i = 0; i < x.size(); ++i)
     if (x[i] > -std::numeric_limits<double>::infinity()) order.push_back(static_cast<int32_t>(i));
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return x[static_cast<size_t>(a)] > x[static_cast<size_t>(b)]; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return x[static_cast<size_t>(a)] > x[static_cast<size_t>(b)]; });
   if (order.empty()) return order;
   const double top = x[static_cast<size_t>(order[0])];
   const auto mass = [&](int32_t id) { return std::exp(x[static_cast<size_t>(id)] - top); };
-  if (row.min_p > 0)
-    std::erase_if(order, [&](int32_t id) { return id != order[0] && mass(id) < static_cast<double>(row.min_p); });
+  if (row.min_p > 0) std::erase_if(order, [&](int32_t id) { return id != order[0] && mass(id) < static_cast<double>(row.min_p); });
   if (row.top_k > 0 && static_cast<size_t>(row.top_k) < order.size()) order.resize(static_cast<size_t>(row.top_k));
   if (row.top_p < 1) {
     double total = 0, sum = 0;
@@ -424,8 +427,8 @@ inline std::vector<int32_t> kept_tokens(const std::vector<double>& x, const Samp
 }
 
 // Logits after bias, forbidden tokens, penalties and temperature.
-inline std::vector<double> adjusted_logits(std::vector<double> x, const SampleRow& row, const int32_t* history, const int32_t* bias_ids,
-                                           const float* bias_values, const int32_t* forbidden) {
+inline std::vector<double> adjusted_logits(std::vector<double> x, const SampleRow& row, const int32_t* history,
+                                           const int32_t* bias_ids, const float* bias_values, const int32_t* forbidden) {
   for (int32_t i = row.bias_begin; i < row.bias_begin + row.bias_count; ++i)
     x[static_cast<size_t>(bias_ids[i])] += static_cast<double>(bias_values[i]);
   for (int32_t i = row.forbidden_begin; i < row.forbidden_begin + row.forbidden_count; ++i)
@@ -450,7 +453,8 @@ inline int32_t sample(const std::vector<double>& adjusted, const SampleRow& row)
   int32_t best = -1;
   double best_value = 0;
   for (int32_t id : kept) {
-    const double u = static_cast<double>(uniform01(philox(row.seed, static_cast<uint64_t>(row.index), static_cast<uint64_t>(id)).v[0]));
+    const double u =
+        static_cast<double>(uniform01(philox(row.seed, static_cast<uint64_t>(row.index), static_cast<uint64_t>(id)).v[0]));
     const double value = adjusted[static_cast<size_t>(id)] - std::log(-std::log(u));
     if (best < 0 || value > best_value || (value == best_value && id < best)) {
       best = id;
@@ -482,7 +486,8 @@ inline void adamw(AdamState& s, const AdamJob& job, double lr, double norm) {
       s.master[i] *= 1 - lr * static_cast<double>(job.weight_decay);
       s.m[i] = b1 * s.m[i] + (1 - b1) * g;
       s.v[i] = b2 * s.v[i] + (1 - b2) * g * g;
-      const double m_hat = s.m[i] / static_cast<double>(job.bias_correction1), v_hat = s.v[i] / static_cast<double>(job.bias_correction2);
+      const double m_hat = s.m[i] / static_cast<double>(job.bias_correction1),
+                   v_hat = s.v[i] / static_cast<double>(job.bias_correction2);
       s.master[i] -= lr * m_hat / (std::sqrt(v_hat) + static_cast<double>(job.eps));
     }
     s.grad[i] = 0;

@@ -8,11 +8,11 @@ namespace loquetier::cpu {
 
 namespace {
 
-void check_rope(const char* op, const TensorView& qkv, const AttentionShape& shape, const TensorView& cos_sin, const TensorView& q_norm,
-                const TensorView& k_norm) {
+void check_rope(const char* op, const TensorView& qkv, const AttentionShape& shape, const TensorView& cos_sin,
+                const TensorView& q_norm, const TensorView& k_norm) {
   const int64_t d = shape.head_size;
-  require(d > 0 && d % 2 == 0 && shape.q_heads > 0 && shape.kv_heads > 0, "[", op, "] shape: expected heads and an even head size, got ",
-          shape.q_heads, " and ", shape.kv_heads, " heads of ", d);
+  require(d > 0 && d % 2 == 0 && shape.q_heads > 0 && shape.kv_heads > 0, "[", op,
+          "] shape: expected heads and an even head size, got ", shape.q_heads, " and ", shape.kv_heads, " heads of ", d);
   check_matrix(op, "qkv", qkv, -1, (shape.q_heads + 2 * int64_t{shape.kv_heads}) * d);
   check_matrix(op, "cos_sin", cos_sin, -1, d);
   require(cos_sin.rows >= qkv.rows, "[", op, "] cos_sin: expected at least ", qkv.rows, " rows, got ", cos_sin.rows);
@@ -50,8 +50,8 @@ void CpuOps::rope(TensorView qkv, const AttentionShape& shape, TensorView cos_si
     require(raw.rows <= qkv.rows, "[rope] raw: expected at most ", qkv.rows, " rows, got ", raw.rows);
   }
   if (kv_slots) {
-    require(kv_shape.kv_heads == shape.kv_heads && kv_shape.head_size == shape.head_size, "[rope] kv: expected pages of ", shape.kv_heads,
-            " heads of ", d, ", got ", kv_shape.kv_heads, " of ", kv_shape.head_size);
+    require(kv_shape.kv_heads == shape.kv_heads && kv_shape.head_size == shape.head_size, "[rope] kv: expected pages of ",
+            shape.kv_heads, " heads of ", d, ", got ", kv_shape.kv_heads, " of ", kv_shape.head_size);
     const int64_t slots = kv_shape.pages * kv_shape.page_size;
     for (int64_t t = 0; t < qkv.rows; ++t)
       require(kv_slots[t] < slots, "[rope] kv_slots[", t, "]: expected below ", slots, ", got ", kv_slots[t]);
@@ -105,8 +105,8 @@ void CpuOps::rope_backward(TensorView dqkv, const AttentionShape& shape, TensorV
         kernels_.rotate(cos, back, dx, dx + half, half);
         if (const float* w = norms[h >= q_heads]) {
           const float* x = static_cast<const float*>(raw.at(t, h * d));
-          const float r = static_cast<float>(
-              1.0 / std::sqrt(kernels_.dot_double(x, x, d) / static_cast<double>(d) + static_cast<double>(eps)));
+          const float r =
+              static_cast<float>(1.0 / std::sqrt(kernels_.dot_double(x, x, d) / static_cast<double>(d) + static_cast<double>(eps)));
           const double mean = kernels_.dot3_double(x, w, dx, d) / static_cast<double>(d);
           std::memcpy(dy, dx, static_cast<size_t>(d) * sizeof(float));
           std::memset(dx, 0, static_cast<size_t>(d) * sizeof(float));

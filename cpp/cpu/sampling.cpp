@@ -1,5 +1,5 @@
-// Sampling, one row per item: log-probabilities and the most probable tokens of the model's own distribution, then bias, forbidden tokens
-// and penalties, then greedy choice or Gumbel-max over the tokens that min-p, top-k and top-p keep.
+// Sampling, one row per item: log-probabilities and the most probable tokens of the model's own distribution, then bias, forbidden
+// tokens and penalties, then greedy choice or Gumbel-max over the tokens that min-p, top-k and top-p keep.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -121,7 +121,8 @@ int32_t draw(const Kernels& kernels, const SampleRow& row, const float* x, int64
     for (int64_t i = 0; i < n; ++i) choice.offer(kept[i].x, kept[i].id, 1.0f);
     return choice.id();
   }
-  // The nucleus: most preferred first until their mass reaches top_p of what min-p and top-k left. A heap, because it is usually short.
+  // The nucleus: most preferred first until their mass reaches top_p of what min-p and top-k left. A heap, because it is usually
+  // short.
   std::make_heap(kept, kept + n, after);
   double total = 0, mass = 0;
   for (int64_t i = 0; i < n; ++i) total += std::exp(static_cast<double>(kept[i].x) - static_cast<double>(top));
@@ -149,11 +150,13 @@ void CpuOps::sample(TensorView logits, const SampleBatch& batch, int32_t* ids, f
   require(batch.count == 0 || vocabulary > 0, "[sample] logits: expected at least 1 column, got 0");
   const auto check_ids = [&](const char* name, int64_t row, const int32_t* list, int64_t begin, int64_t n) {
     for (int64_t i = begin; i < begin + n; ++i)
-      require(list[i] >= 0 && list[i] < vocabulary, "[sample] ", name, " of row ", row, ": expected 0 to ", vocabulary - 1, ", got ", list[i]);
+      require(list[i] >= 0 && list[i] < vocabulary, "[sample] ", name, " of row ", row, ": expected 0 to ", vocabulary - 1,
+              ", got ", list[i]);
   };
   for (int64_t i = 0; i < batch.count; ++i) {
     const SampleRow& row = batch.host_rows[i];
-    require(row.top_logprobs >= 0 && (row.top_logprobs == 0 || (tops && row.top_logprobs <= top_ids.cols && row.top_logprobs <= vocabulary)),
+    require(row.top_logprobs >= 0 &&
+                (row.top_logprobs == 0 || (tops && row.top_logprobs <= top_ids.cols && row.top_logprobs <= vocabulary)),
             "[sample] top_logprobs of row ", i, ": expected at most ", tops ? std::min(top_ids.cols, vocabulary) : 0, ", got ",
             row.top_logprobs);
     require(row.temperature >= 0, "[sample] temperature of row ", i, ": expected 0 or more, got ", row.temperature);
@@ -162,8 +165,8 @@ void CpuOps::sample(TensorView logits, const SampleBatch& batch, int32_t* ids, f
     if (row.repetition_penalty != 1 || row.presence_penalty != 0 || row.frequency_penalty != 0)
       check_ids("history", i, batch.history, row.history_begin, int64_t{row.prompt_length} + row.output_length);
   }
-  const size_t bytes =
-      Workspaces::size_for<Candidate>(vocabulary) + Workspaces::size_for<int32_t>(vocabulary) + Workspaces::size_for<float>(vocabulary);
+  const size_t bytes = Workspaces::size_for<Candidate>(vocabulary) + Workspaces::size_for<int32_t>(vocabulary) +
+                       Workspaces::size_for<float>(vocabulary);
   parallel(batch.count, 1, [&](int64_t begin, int64_t end) {
     Workspaces::Lease workspace(workspaces_, bytes);
     Candidate* candidates = workspace.take<Candidate>(vocabulary);
@@ -181,7 +184,8 @@ void CpuOps::sample(TensorView logits, const SampleBatch& batch, int32_t* ids, f
         }
       }
       std::copy(x, x + vocabulary, adjusted);  // the log-probability is that of the logits as they came
-      for (int32_t j = row.bias_begin; j < row.bias_begin + row.bias_count; ++j) adjusted[batch.bias_ids[j]] += batch.bias_values[j];
+      for (int32_t j = row.bias_begin; j < row.bias_begin + row.bias_count; ++j)
+        adjusted[batch.bias_ids[j]] += batch.bias_values[j];
       for (int32_t j = row.forbidden_begin; j < row.forbidden_begin + row.forbidden_count; ++j)
         adjusted[batch.forbidden[j]] = kMinusInfinity;
       apply_penalties(row, batch.history + row.history_begin, vocabulary, adjusted, counts);

@@ -1,5 +1,5 @@
-// Scratch memory of the CPU operations: blocks lent to one range of a parallel loop at a time. A block only grows, so a steady state
-// allocates nothing. Values in a fresh lease are undefined.
+// Scratch memory of the CPU operations: blocks lent to one range of a parallel loop at a time. A block only grows, so a steady
+// state allocates nothing. Values in a fresh lease are undefined.
 #pragma once
 
 #include <cstddef>

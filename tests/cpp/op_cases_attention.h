@@ -66,7 +66,8 @@ class PackedRig {
   std::vector<std::unique_ptr<ArrayOnDevice<int32_t>>> device_;
 };
 
-// The same sequences with keys and values scattered over shuffled pages; slots that hold no key are NaN. Prompt chunks first, decodes last.
+// The same sequences with keys and values scattered over shuffled pages; slots that hold no key are NaN. Prompt chunks first,
+// decodes last.
 class PagedRig {
  public:
   PagedRig(Rig& rig, const AttentionSpec& spec, int32_t page_size) : shape(shape_of(spec)) {
@@ -96,7 +97,8 @@ class PagedRig {
     kv_shape = {pages + 1, page_size, spec.kv_heads, spec.head_size};
     std::vector<int32_t> order;
     for (int32_t p = 0; p <= pages; ++p) order.push_back(p);
-    for (size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[static_cast<size_t>(rig.random_int(static_cast<int64_t>(i) + 1))]);
+    for (size_t i = order.size() - 1; i > 0; --i)
+      std::swap(order[i], order[static_cast<size_t>(rig.random_int(static_cast<int64_t>(i) + 1))]);
     page_table_.assign(static_cast<size_t>(batch.sequences * batch.max_pages), -1);
     Host slots_k(1, kv_shape.pages * page_size * width, kUntouched), slots_v = slots_k;
     size_t next = 0;
@@ -115,7 +117,8 @@ class PagedRig {
     layer = {storage_[0]->view().data, storage_[1]->view().data};
     // The reference sees the rounded values.
     for (Host* m : {&k, &v}) OnDevice rounded(rig, *m);
-    for (const auto* table : {&row_begin_, &rows_, &kv_len_, &page_table_}) device_.push_back(std::make_unique<ArrayOnDevice<int32_t>>(rig, *table));
+    for (const auto* table : {&row_begin_, &rows_, &kv_len_, &page_table_})
+      device_.push_back(std::make_unique<ArrayOnDevice<int32_t>>(rig, *table));
     batch.row_begin = device_[0]->data(), batch.rows = device_[1]->data(), batch.kv_len = device_[2]->data();
     batch.page_table = device_[3]->data();
     batch.host_row_begin = row_begin_.data(), batch.host_rows = rows_.data(), batch.host_kv_len = kv_len_.data();

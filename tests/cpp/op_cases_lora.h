@@ -30,7 +30,8 @@ class LoraRig {
       int32_t ranks = 0;
       for (size_t p = 0; p < spec.ranks.size(); ++p) {
         ranks += spec.ranks[p];
-        group.parts.push_back({rig.random(spec.ranks[p], in, 0.3), rig.random(out[p], spec.ranks[p], 0.3), 0.5 + 0.25 * static_cast<double>(p)});
+        group.parts.push_back(
+            {rig.random(spec.ranks[p], in, 0.3), rig.random(out[p], spec.ranks[p], 0.3), 0.5 + 0.25 * static_cast<double>(p)});
       }
       max_rank = std::max(max_rank, ranks);
       add_tables(rig, group);
@@ -51,7 +52,8 @@ class LoraRig {
     }
     table_device_ = std::make_unique<ArrayOnDevice<LoraGroup>>(rig, table_);
     keys_ = std::make_unique<ArrayOnDevice<uint64_t>>(rig, host.row_keys);
-    groups = {table_device_->data(), table_.data(), static_cast<int32_t>(table_.size()), max_rank, dropout ? keys_->data() : nullptr};
+    groups = {table_device_->data(), table_.data(), static_cast<int32_t>(table_.size()), max_rank,
+              dropout ? keys_->data() : nullptr};
   }
   LoraRig(const LoraRig&) = delete;
 
@@ -140,8 +142,8 @@ struct LoraShape {
   std::vector<GroupSpec> groups;
 };
 
-// One adapter for all rows; every row another; mixed ranks with 0 among them; empty groups and rows outside groups; ranks and columns at tile
-// edges; dropout. `aligned`: multiples of 8 everywhere, for backends that load 16 bytes at a time.
+// One adapter for all rows; every row another; mixed ranks with 0 among them; empty groups and rows outside groups; ranks and
+// columns at tile edges; dropout. `aligned`: multiples of 8 everywhere, for backends that load 16 bytes at a time.
 inline std::vector<LoraShape> lora_shapes(bool aligned) {
   std::vector<LoraShape> shapes = {
       {"no rows", 0, 64, {64}, {}},

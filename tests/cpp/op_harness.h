@@ -1,9 +1,10 @@
-// How the operation tests drive a backend: host matrices of double go up in a dtype (and are rounded in place, so that the reference sees what
-// the backend sees), an operation runs, results come down and are compared with cpp/cpu/reference.h. Written over Ops&, so the same table
-// serves every backend; option --backend names it.
+// How the operation tests drive a backend: host matrices of double go up in a dtype (and are rounded in place, so that the
+// reference sees what the backend sees), an operation runs, results come down and are compared with cpp/cpu/reference.h. Written
+// over Ops&, so the same table serves every backend; option --backend names it.
 //
-// Outputs are filled with NaN before, lie between guard words, and have a leading dimension larger than their columns; every operation runs twice
-// and must give the same bytes. A measured error is max|got - want| / max|want|; `--errors yes` prints the largest per label.
+// Outputs are filled with NaN before, lie between guard words, and have a leading dimension larger than their columns; every
+// operation runs twice and must give the same bytes. A measured error is max|got - want| / max|want|; `--errors yes` prints the
+// largest per label.
 #pragma once
 
 #include <bit>
@@ -37,8 +38,10 @@ inline float round_bf16(float x) {
 inline float f16_value(uint16_t h) {
   const int exponent = h >> 10 & 31, fraction = h & 1023;
   const float sign = h & 0x8000 ? -1.0f : 1.0f;
-  if (exponent == 31) return fraction == 0 ? sign * std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN();
-  return sign * (exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24) : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25));
+  if (exponent == 31)
+    return fraction == 0 ? sign * std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN();
+  return sign * (exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                               : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25));
 }
 // The nearest f16, ties to even, by arithmetic instead of bits.
 inline uint16_t f16_bits(float x) {
@@ -83,7 +86,8 @@ class Rig {
   std::mt19937_64 generator_;
 };
 
-// Calls body with every variant of the backend that --backend names (default cpu): its instruction sets, and the deterministic mode.
+// Calls body with every variant of the backend that --backend names (default cpu): its instruction sets, and the deterministic
+// mode.
 inline void for_each_rig(const std::function<void(Rig&)>& body) {
   const std::string backend = option("--backend", "cpu");
   const uint64_t seed = std::strtoull(option("--seed", "20252").c_str(), nullptr, 10);
@@ -125,8 +129,13 @@ class OnDevice {
   OnDevice(Rig& rig, Host& host) : OnDevice(rig, host, rig.dtype()) {}
   // An output: all NaN (all bits set).
   OnDevice(Rig& rig, int64_t rows, int64_t cols, DType dtype)
-      : rig_(&rig), rows_(rows), cols_(cols), ld_(cols + rig.pad()), dtype_(dtype),
-        bytes_(static_cast<size_t>(2 * kGuard + rows * ld_) * size_of(dtype), 0xFF), buffer_(rig.device(), bytes_.size()) {
+      : rig_(&rig),
+        rows_(rows),
+        cols_(cols),
+        ld_(cols + rig.pad()),
+        dtype_(dtype),
+        bytes_(static_cast<size_t>(2 * kGuard + rows * ld_) * size_of(dtype), 0xFF),
+        buffer_(rig.device(), bytes_.size()) {
     upload();
   }
   OnDevice(Rig& rig, int64_t rows, int64_t cols) : OnDevice(rig, rows, cols, rig.dtype()) {}
@@ -168,16 +177,26 @@ class OnDevice {
     unsigned char* to = &bytes_[at(i, j)];
     const float x = static_cast<float>(value);
     if (dtype_ == DType::f32) std::memcpy(to, &x, 4);
-    else if (dtype_ == DType::i32) { const int32_t n = static_cast<int32_t>(value); std::memcpy(to, &n, 4); }
-    else {
+    else if (dtype_ == DType::i32) {
+      const int32_t n = static_cast<int32_t>(value);
+      std::memcpy(to, &n, 4);
+    } else {
       const uint16_t h = dtype_ == DType::f16 ? f16_bits(x) : static_cast<uint16_t>(std::bit_cast<uint32_t>(round_bf16(x)) >> 16);
       std::memcpy(to, &h, 2);
     }
   }
   double read(const std::vector<unsigned char>& from, int64_t i, int64_t j) const {
     const unsigned char* p = &from[at(i, j)];
-    if (dtype_ == DType::f32) { float x; std::memcpy(&x, p, 4); return static_cast<double>(x); }
-    if (dtype_ == DType::i32) { int32_t n; std::memcpy(&n, p, 4); return n; }
+    if (dtype_ == DType::f32) {
+      float x;
+      std::memcpy(&x, p, 4);
+      return static_cast<double>(x);
+    }
+    if (dtype_ == DType::i32) {
+      int32_t n;
+      std::memcpy(&n, p, 4);
+      return n;
+    }
     uint16_t h;
     std::memcpy(&h, p, 2);
     return static_cast<double>(dtype_ == DType::f16 ? f16_value(h) : std::bit_cast<float>(static_cast<uint32_t>(h) << 16));
@@ -246,8 +265,9 @@ inline void expect(const std::string& label, const Host& got, const Host& want, 
   const double error = relative_error(got, want, scale);
   double& worst = measured_errors()[label];
   worst = std::max(worst, error);
-  if (!(error <= bound)) std::printf("  %s [%lld, %lld]: error %g, bound %g\n", label.c_str(), static_cast<long long>(want.rows),
-                                     static_cast<long long>(want.cols), error, bound);
+  if (!(error <= bound))
+    std::printf("  %s [%lld, %lld]: error %g, bound %g\n", label.c_str(), static_cast<long long>(want.rows),
+                static_cast<long long>(want.cols), error, bound);
   CHECK(error <= bound);
 }
 

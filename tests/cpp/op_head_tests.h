@@ -50,7 +50,8 @@ TEST(token_loss_of_every_kind_with_and_without_gradient) {
           want_loss(0, i) = reference::token_loss(row, p);
         }
         ArrayOnDevice<LossRow> dtable(rig, table);
-        ArrayOnDevice<float> p(rig, std::vector<float>(static_cast<size_t>(rows), NAN)), loss(rig, std::vector<float>(static_cast<size_t>(rows), NAN));
+        ArrayOnDevice<float> p(rig, std::vector<float>(static_cast<size_t>(rows), NAN)),
+            loss(rig, std::vector<float>(static_cast<size_t>(rows), NAN));
         OnDevice gradient(rig, rows, vocabulary);
         run_twice({&dlogits}, [&] { rig.ops().token_loss(dlogits, dtable.data(), {}, p.data(), loss.data()); });
         const auto p_alone = download_floats(rig, p, static_cast<size_t>(rows));
@@ -114,7 +115,8 @@ TEST(sample_against_the_reference) {
         }
         row.bias_begin = static_cast<int32_t>(bias_ids.size());
         row.bias_count = i % 4 == 0 ? 3 : 0;
-        for (int32_t j = 0; j < row.bias_count; ++j) bias_ids.push_back(pick()), bias_values.push_back(static_cast<float>(j) * 2 - 1);
+        for (int32_t j = 0; j < row.bias_count; ++j)
+          bias_ids.push_back(pick()), bias_values.push_back(static_cast<float>(j) * 2 - 1);
         row.forbidden_begin = static_cast<int32_t>(forbidden.size());
         row.forbidden_count = vocabulary > 1 && i % 5 == 0 ? 1 : 0;
         for (int32_t j = 0; j < row.forbidden_count; ++j) forbidden.push_back(pick());
@@ -140,7 +142,8 @@ TEST(sample_against_the_reference) {
         const auto p = reference::log_softmax(logits, i);
         std::vector<double> x(static_cast<size_t>(vocabulary));
         for (int32_t j = 0; j < vocabulary; ++j) x[static_cast<size_t>(j)] = logits(i, j);
-        const auto adjusted = reference::adjusted_logits(x, row, history.data(), bias_ids.data(), bias_values.data(), forbidden.data());
+        const auto adjusted =
+            reference::adjusted_logits(x, row, history.data(), bias_ids.data(), bias_values.data(), forbidden.data());
         const int32_t id = got[static_cast<size_t>(i)];
         CHECK(id >= 0 && id < vocabulary);
         if (id < 0 || id >= vocabulary) continue;
@@ -148,7 +151,8 @@ TEST(sample_against_the_reference) {
         want_p(0, i) = p[static_cast<size_t>(id)];
         std::vector<int32_t> order(static_cast<size_t>(vocabulary));
         std::iota(order.begin(), order.end(), 0);
-        std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return x[static_cast<size_t>(a)] > x[static_cast<size_t>(b)]; });
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int32_t a, int32_t b) { return x[static_cast<size_t>(a)] > x[static_cast<size_t>(b)]; });
         for (int32_t j = 0; j < row.top_logprobs; ++j) {
           want_top_ids(i, j) = order[static_cast<size_t>(j)];
           want_top(i, j) = p[static_cast<size_t>(order[static_cast<size_t>(j)])];
@@ -173,7 +177,8 @@ TEST(sample_draws_from_the_distribution) {
       for (int32_t j = 0; j < 4; ++j) logits(i, j) = std::log(probability[j]);
     OnDevice dlogits(rig, logits, DType::f32);
     std::vector<SampleRow> rows(kRows);
-    for (int32_t i = 0; i < kRows; ++i) rows[static_cast<size_t>(i)].temperature = 1, rows[static_cast<size_t>(i)].seed = 11, rows[static_cast<size_t>(i)].index = i;
+    for (int32_t i = 0; i < kRows; ++i)
+      rows[static_cast<size_t>(i)].temperature = 1, rows[static_cast<size_t>(i)].seed = 11, rows[static_cast<size_t>(i)].index = i;
     ArrayOnDevice<SampleRow> drows(rig, rows);
     const SampleBatch batch{drows.data(), rows.data(), kRows, nullptr, nullptr, nullptr, nullptr};
     ArrayOnDevice<int32_t> ids(rig, std::vector<int32_t>(kRows, -1));
@@ -196,7 +201,8 @@ TEST(sampled_logprob_equals_trained_logprob) {
     for (size_t i = 0; i < rows.size(); ++i) rows[i].temperature = 0.8f, rows[i].seed = i;
     ArrayOnDevice<SampleRow> drows(rig, rows);
     ArrayOnDevice<int32_t> ids(rig, std::vector<int32_t>(20));
-    ArrayOnDevice<float> sampled(rig, std::vector<float>(20)), trained(rig, std::vector<float>(20)), loss(rig, std::vector<float>(20));
+    ArrayOnDevice<float> sampled(rig, std::vector<float>(20)), trained(rig, std::vector<float>(20)),
+        loss(rig, std::vector<float>(20));
     rig.ops().sample(a, {drows.data(), rows.data(), 20, nullptr, nullptr, nullptr, nullptr}, ids.data(), sampled.data(), {}, {});
     std::vector<int32_t> got(20);
     rig.device().copy_to_host(got.data(), ids.data(), got.size() * sizeof(int32_t));
@@ -234,8 +240,8 @@ TEST(grad_norm_and_adamw) {
         Host weight = h.master;
         h.arrays.push_back(std::make_unique<OnDevice>(rig, weight));
         const auto at = [&](size_t i) { return h.arrays[i]->view().data; };
-        tensors.push_back({static_cast<float*>(at(0)), static_cast<float*>(at(1)), static_cast<float*>(at(2)), static_cast<float*>(at(3)), at(4), n,
-                           static_cast<int32_t>(j), 1e-2f});
+        tensors.push_back({static_cast<float*>(at(0)), static_cast<float*>(at(1)), static_cast<float*>(at(2)),
+                           static_cast<float*>(at(3)), at(4), n, static_cast<int32_t>(j), 1e-2f});
         held.push_back(std::move(h));
       }
     ArrayOnDevice<AdamTensor> dtensors(rig, tensors);
@@ -290,12 +296,14 @@ TEST(bad_shapes_are_refused_before_anything_is_written) {
     CHECK_THROWS(InvalidArgument, "[rms_norm] w: expected [64]", ops.rms_norm(dx, bias, 1e-6f, dx));
     CHECK_THROWS(InvalidArgument, "[swiglu] y: expected [4, 32]", ops.swiglu(dx, narrow));
     LoraRig lora(rig, 4, 64, {32}, {{0, 4, {8}, 0}});
-    CHECK_THROWS(InvalidArgument, "[lora_shrink] s: expected at least 8 columns", ops.lora_shrink(lora.linear, lora.groups, dx, y.view().slice_cols(0, 7)));
+    CHECK_THROWS(InvalidArgument, "[lora_shrink] s: expected at least 8 columns",
+                 ops.lora_shrink(lora.linear, lora.groups, dx, y.view().slice_cols(0, 7)));
     LoraGroup beyond = lora.groups.host_groups[0];
     beyond.rows = 5;
     ArrayOnDevice<LoraGroup> dbeyond(rig, {beyond});
     const LoraGroups groups{dbeyond.data(), &beyond, 1, 8, nullptr};
-    CHECK_THROWS(InvalidArgument, "[lora_expand] groups[0]: expected rows between 0 and 4, got 0 + 5", ops.lora_expand(lora.linear, groups, dx, y));
+    CHECK_THROWS(InvalidArgument, "[lora_expand] groups[0]: expected rows between 0 and 4, got 0 + 5",
+                 ops.lora_expand(lora.linear, groups, dx, y));
     CHECK(y.download() == before);
   });
 }
@@ -329,7 +337,8 @@ TEST(thread_pool_nested_calls_exceptions_and_many_short_jobs) {
     }));
   }
   total = 0;
-  for (int i = 0; i < 20000; ++i) pool.parallel_for(6, 1, [&](int64_t b, int64_t e) { total.fetch_add(e - b, std::memory_order_relaxed); });
+  for (int i = 0; i < 20000; ++i)
+    pool.parallel_for(6, 1, [&](int64_t b, int64_t e) { total.fetch_add(e - b, std::memory_order_relaxed); });
   CHECK_EQ(total.load(), 120000);
   CHECK_THROWS(InvalidArgument, "[thread pool] threads", ThreadPool(-1));
 }

@@ -1,5 +1,5 @@
-// What the deterministic mode promises, bit for bit: a row computed alone equals the row computed in a batch, and paged attention equals packed
-// attention. Also that results do not depend on the number of threads. Included once, by op_tests.cpp.
+// What the deterministic mode promises, bit for bit: a row computed alone equals the row computed in a batch, and paged attention
+// equals packed attention. Also that results do not depend on the number of threads. Included once, by op_tests.cpp.
 #pragma once
 
 #include "op_cases_attention.h"
@@ -9,7 +9,8 @@
 namespace loquetier::test {
 
 // y of all rows against y of each run of rows alone.
-inline void check_rows_alone(Rig& rig, const char* what, const Host& x, int64_t out_cols, const std::function<void(TensorView, TensorView)>& f) {
+inline void check_rows_alone(Rig& rig, const char* what, const Host& x, int64_t out_cols,
+                             const std::function<void(TensorView, TensorView)>& f) {
   Host all = x;
   OnDevice dx(rig, all), y(rig, x.rows, out_cols);
   f(dx, y);
@@ -21,7 +22,9 @@ inline void check_rows_alone(Rig& rig, const char* what, const Host& x, int64_t 
       OnDevice dpart(rig, part), out(rig, rows, out_cols);
       f(dpart, out);
       const bool same = out.get().values == rows_of(together, begin, rows).values;
-      if (!same) std::printf("  %s: %lld rows from %lld differ from the batch\n", what, static_cast<long long>(rows), static_cast<long long>(begin));
+      if (!same)
+        std::printf("  %s: %lld rows from %lld differ from the batch\n", what, static_cast<long long>(rows),
+                    static_cast<long long>(begin));
       CHECK(same);
     }
   }
@@ -76,7 +79,8 @@ TEST(deterministic_paged_attention_equals_packed_and_decode_equals_prefill) {
     if (!rig.deterministic()) return;
     for (const AttentionSpec& spec : attention_specs(rig.exact())) {
       PagedRig paged(rig, spec, 16);
-      OnDevice dq(rig, paged.q), dk(rig, paged.k), dv(rig, paged.v), out(rig, paged.q.rows, paged.q.cols), packed_out(rig, paged.q.rows, paged.q.cols);
+      OnDevice dq(rig, paged.q), dk(rig, paged.k), dv(rig, paged.v), out(rig, paged.q.rows, paged.q.cols),
+          packed_out(rig, paged.q.rows, paged.q.cols);
       rig.ops().attention_paged(dq, paged.layer, paged.kv_shape, paged.batch, paged.shape, out);
       // Packed, every sequence as it is; then every row alone, as a decode over the keys it sees.
       const auto run_packed = [&](const std::vector<reference::Sequence>& sequences, TensorView to) {

@@ -1,5 +1,6 @@
-// One test per operation of ops.h: a backend against the reference, forward and backward, over ugly sizes. See op_harness.h for what every
-// run is checked for, op_head_tests are at the end (losses, sampling, optimizer), batch invariance in op_invariance_tests.h.
+// One test per operation of ops.h: a backend against the reference, forward and backward, over ugly sizes. See op_harness.h for
+// what every run is checked for, op_head_tests are at the end (losses, sampling, optimizer), batch invariance in
+// op_invariance_tests.h.
 //   op_tests [filter] [--backend cpu|cuda] [--dtype bf16|f16|f32] [--seed N] [--errors yes]
 // Bounds of f32 are two to three times the largest error measured over ten seeds and all instruction sets.
 #include "op_cases_attention.h"
@@ -80,9 +81,12 @@ TEST(convert_between_all_float_dtypes) {
 
 TEST(linear) {
   for_each_rig([](Rig& rig) {
-    struct Shape { int64_t t, n, k; };
-    std::vector<Shape> shapes = {{0, 64, 64}, {1, 64, 64}, {2, 96, 1040}, {3, 64, 32}, {4, 128, 64}, {5, 32, 96}, {31, 64, 96}, {33, 128, 64},
-                                 {47, 64, 64}, {48, 160, 528}, {49, 64, 64}, {96, 96, 2064}, {130, 136, 72}, {481, 32, 16}};
+    struct Shape {
+      int64_t t, n, k;
+    };
+    std::vector<Shape> shapes = {{0, 64, 64},  {1, 64, 64},    {2, 96, 1040},  {3, 64, 32},  {4, 128, 64},
+                                 {5, 32, 96},  {31, 64, 96},   {33, 128, 64},  {47, 64, 64}, {48, 160, 528},
+                                 {49, 64, 64}, {96, 96, 2064}, {130, 136, 72}, {481, 32, 16}};
     if (rig.exact())
       for (const int64_t t : {1, 2, 3, 4, 6, 33, 49, 61})
         for (const int64_t n : {1, 3, 5, 31, 33, 97, 129})
@@ -104,7 +108,9 @@ TEST(linear) {
 
 TEST(linear_backward) {
   for_each_rig([](Rig& rig) {
-    struct Shape { int64_t t, n, k; };
+    struct Shape {
+      int64_t t, n, k;
+    };
     std::vector<Shape> shapes = {{0, 64, 64}, {1, 64, 64}, {33, 96, 64}, {130, 1040, 136}, {481, 16, 32}};
     if (rig.exact())
       for (const int64_t t : {1, 5, 11, 12, 13, 31})
@@ -207,7 +213,8 @@ TEST(rms_norm_and_residual_add) {
         const Host gradient = reference::rms_norm_backward(x, w, static_cast<double>(eps), dy);
         for (size_t i = 0; i < dx.values.size(); ++i) dx.values[i] += gradient.values[i];
         double scale = 0;  // with one column the two terms cancel
-        for (size_t i = 0; i < x.values.size() && cols == 1; ++i) scale = std::max(scale, std::fabs(w(0, 0) * dy.values[i] / x.values[i]));
+        for (size_t i = 0; i < x.values.size() && cols == 1; ++i)
+          scale = std::max(scale, std::fabs(w(0, 0) * dy.values[i] / x.values[i]));
         expect("rms_norm_backward", ddx.get(), dx, rig.bound(6e-7), scale);
       }
   });
@@ -246,15 +253,17 @@ TEST(rope_norms_pages_and_backward) {
           const KvLayer layer{kv.data(), static_cast<std::byte*>(kv.data()) + kv.bytes() / 2};
           if (!norms) q_norm = k_norm = Host();
           run_twice({&dqkv, &raw}, [&] {
-            rig.ops().rope(dqkv, shape, table, norms ? dq_norm.view() : TensorView{}, norms ? dk_norm.view() : TensorView{}, 1e-6f, raw,
-                           dslots.data(), layer, kv_shape);
+            rig.ops().rope(dqkv, shape, table, norms ? dq_norm.view() : TensorView{}, norms ? dk_norm.view() : TensorView{}, 1e-6f,
+                           raw, dslots.data(), layer, kv_shape);
           });
-          CHECK(raw.get().values == [&] {
-            Host part(kept, 6 * d);
-            for (int64_t t = 0; t < kept; ++t)
-              for (int64_t i = 0; i < 6 * d; ++i) part(t, i) = qkv(t, i);
-            return part;
-          }().values);
+          CHECK(raw.get().values ==
+                [&] {
+                  Host part(kept, 6 * d);
+                  for (int64_t t = 0; t < kept; ++t)
+                    for (int64_t i = 0; i < 6 * d; ++i) part(t, i) = qkv(t, i);
+                  return part;
+                }()
+                    .values);
           const Host before = qkv;
           reference::rope(qkv, shape, cos_sin, q_norm, k_norm, static_cast<double>(1e-6f));
           const Host got = dqkv.get();
@@ -289,8 +298,8 @@ TEST(rope_norms_pages_and_backward) {
             for (int64_t i = 0; i < 6 * d; ++i) raw_host(t, i) = before(t, i);
           OnDevice ddy(rig, dy), draw(rig, raw_host);
           run_twice({&ddy}, [&] {
-            rig.ops().rope_backward(ddy, shape, table, norms ? dq_norm.view() : TensorView{}, norms ? dk_norm.view() : TensorView{}, 1e-6f,
-                                    norms ? draw.view() : TensorView{});
+            rig.ops().rope_backward(ddy, shape, table, norms ? dq_norm.view() : TensorView{}, norms ? dk_norm.view() : TensorView{},
+                                    1e-6f, norms ? draw.view() : TensorView{});
           });
           reference::rope_backward(dy, shape, cos_sin, q_norm, k_norm, static_cast<double>(1e-6f), raw_host);
           expect("rope_backward", ddy.get(), dy, rig.bound(6e-7));
@@ -305,9 +314,11 @@ TEST(attention_packed_and_backward) {
     for (const AttentionSpec& spec : attention_specs(rig.exact())) {
       PackedRig packed(rig, spec, true);
       const AttentionShape& shape = packed.shape;
-      Host q = rig.random(packed.q_rows, shape.q_heads * shape.head_size), k = rig.random(packed.kv_rows, shape.kv_heads * shape.head_size);
+      Host q = rig.random(packed.q_rows, shape.q_heads * shape.head_size),
+           k = rig.random(packed.kv_rows, shape.kv_heads * shape.head_size);
       Host v = rig.random(packed.kv_rows, k.cols), dout = rig.random(packed.q_rows, q.cols);
-      OnDevice dq_in(rig, q), dk_in(rig, k), dv_in(rig, v), ddout(rig, dout), out(rig, q.rows, q.cols), lse(rig, q.rows, shape.q_heads, DType::f32);
+      OnDevice dq_in(rig, q), dk_in(rig, k), dv_in(rig, v), ddout(rig, dout), out(rig, q.rows, q.cols),
+          lse(rig, q.rows, shape.q_heads, DType::f32);
       run_twice({&out, &lse}, [&] { rig.ops().attention_packed(dq_in, dk_in, dv_in, packed.batch, shape, out, lse); });
       Host want(q.rows, q.cols), want_lse(q.rows, shape.q_heads);
       reference::attention(q, k, v, packed.sequences, shape, want, want_lse);
@@ -339,7 +350,8 @@ TEST(attention_packed_with_more_keys_than_queries) {
     for (const AttentionSpec& spec : attention_specs(rig.exact())) {
       PackedRig packed(rig, spec, false);
       const AttentionShape& shape = packed.shape;
-      Host q = rig.random(packed.q_rows, shape.q_heads * shape.head_size), k = rig.random(packed.kv_rows, shape.kv_heads * shape.head_size);
+      Host q = rig.random(packed.q_rows, shape.q_heads * shape.head_size),
+           k = rig.random(packed.kv_rows, shape.kv_heads * shape.head_size);
       Host v = rig.random(packed.kv_rows, k.cols), want(q.rows, q.cols), lse(q.rows, shape.q_heads);
       OnDevice dq(rig, q), dk(rig, k), dv(rig, v), out(rig, q.rows, q.cols);
       run_twice({&out}, [&] { rig.ops().attention_packed(dq, dk, dv, packed.batch, shape, out, {}); });

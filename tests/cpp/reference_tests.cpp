@@ -1,5 +1,6 @@
-// Proves the backward formulas of cpp/cpu/reference.h by complex step: for L = sum(dy * f(x)), dL/dx_i = Im L(x + i h e_i) / h with h = 1e-30,
-// which has no cancellation, so each formula must agree to rounding of double. The step is taken through the reference's own forward.
+// Proves the backward formulas of cpp/cpu/reference.h by complex step: for L = sum(dy * f(x)), dL/dx_i = Im L(x + i h e_i) / h with
+// h = 1e-30, which has no cancellation, so each formula must agree to rounding of double. The step is taken through the reference's
+// own forward.
 #include "cpu/reference.h"
 
 #include <cstdio>
@@ -46,7 +47,8 @@ Complex weighted_sum(const Matrix<Complex>& y, const Matrix<double>& dy) {
 }
 
 // `input` is what `loss` reads; `analytic` what the backward formula says.
-void check_gradient(const char* what, Matrix<Complex>& input, const Matrix<double>& analytic, const std::function<Complex()>& loss) {
+void check_gradient(const char* what, Matrix<Complex>& input, const Matrix<double>& analytic,
+                    const std::function<Complex()>& loss) {
   CHECK_EQ(input.values.size(), analytic.values.size());
   double error = 0, largest = 0;
   for (size_t i = 0; i < input.values.size(); ++i) {
@@ -78,8 +80,12 @@ TEST(lora) {
   c.out = {4, 3, 5};
   const int64_t rows = 9, rank = 6;
   for (int64_t t = 0; t < rows; ++t) c.row_keys.push_back(generator()());
-  const auto part = [&](int64_t r, int64_t out, double scale) { return LoraPartOf<double>{random(r, c.in), random(out, r), scale}; };
-  c.groups = {{0, 3, {part(2, 4, 0.5), part(0, 3, 1.0), part(1, 5, 2.0)}, 0.4}, {3, 2, {}, 0}, {6, 3, {part(1, 4, 1.5), part(3, 3, 0.25), part(2, 5, 1.0)}, 0}};
+  const auto part = [&](int64_t r, int64_t out, double scale) {
+    return LoraPartOf<double>{random(r, c.in), random(out, r), scale};
+  };
+  c.groups = {{0, 3, {part(2, 4, 0.5), part(0, 3, 1.0), part(1, 5, 2.0)}, 0.4},
+              {3, 2, {}, 0},
+              {6, 3, {part(1, 4, 1.5), part(3, 3, 0.25), part(2, 5, 1.0)}, 0}};
   const auto x = random(rows, c.in), dy = random(rows, 12);
 
   LoraCase<Complex> cc;
@@ -107,7 +113,8 @@ TEST(lora) {
   std::vector<std::vector<LoraGradOf<double>>> grads;
   for (const auto& group : c.groups) {
     grads.emplace_back();
-    for (const auto& p : group.parts) grads.back().push_back({Matrix<double>(p.a.rows, p.a.cols), Matrix<double>(p.b.rows, p.b.cols)});
+    for (const auto& p : group.parts)
+      grads.back().push_back({Matrix<double>(p.a.rows, p.a.cols), Matrix<double>(p.b.rows, p.b.cols)});
   }
   lora_backward_weights(c, x, s, dy, ds, grads);
 
@@ -151,7 +158,8 @@ TEST(dropout_keeps_the_expected_share_and_differs_between_parts) {
 TEST(rms_norm) {
   const auto x = random(4, 9), w = random(1, 9), dy = random(4, 9);
   auto xc = lift(x);
-  check_gradient("x", xc, rms_norm_backward(x, w, 1e-5, dy), [&] { return weighted_sum(reference::rms_norm(xc, lift(w), 1e-5), dy); });
+  check_gradient("x", xc, rms_norm_backward(x, w, 1e-5, dy),
+                 [&] { return weighted_sum(reference::rms_norm(xc, lift(w), 1e-5), dy); });
 }
 
 TEST(rope_with_and_without_norms) {
@@ -260,8 +268,9 @@ TEST(adamw_against_its_formula) {
     const double g = norm > 1 ? gradients[step - 1] / (norm + 1e-6) : gradients[step - 1];
     m = 0.5 * m + 0.5 * g;
     v = 0.75 * v + 0.25 * g * g;
-    theta = theta - lr * 0.25 * theta -
-            lr * (m / static_cast<double>(job.bias_correction1)) / (std::sqrt(v / static_cast<double>(job.bias_correction2)) + 0.125);
+    theta =
+        theta - lr * 0.25 * theta -
+        lr * (m / static_cast<double>(job.bias_correction1)) / (std::sqrt(v / static_cast<double>(job.bias_correction2)) + 0.125);
     CHECK_NEAR(s.master[0], theta, 1e-15);
     CHECK_EQ(s.grad[0], 0.0);
   }
