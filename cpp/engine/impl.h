@@ -60,6 +60,7 @@ struct Core {
   Blob results;
   Buffer saved_storage, scratch_storage;             // grown when a step needs more than any before it
   std::optional<MicroBatch> micro;
+  bool committed = false;                            // the planner was told that the current plan was computed
   StepResult events;                                 // not yet handed out
   std::vector<int64_t> ended;                        // ids of events, to be taken off the live list
   EngineStats stats;

@@ -48,7 +48,7 @@ StepResult Engine::Impl::step() {
         std::lock_guard guard(front);
         failure = error.what();
       }
-      core->planner.abort(plan);  // nothing else: the device answers no more, and no step follows
+      if (!core->committed) core->planner.abort(plan);  // nothing else: the device answers no more, and no step follows
       publish();
       throw;
     } catch (const std::exception& error) {
@@ -170,6 +170,7 @@ WeightTableOfStep Engine::Impl::weights_of(const Plan& plan) {
 
 void Engine::Impl::run(const Plan& plan) {
   Core& c = *core;
+  c.committed = false;
   Device& device = c.ops->device();
   const WeightTableOfStep weights = weights_of(plan);
   std::vector<std::shared_ptr<AdapterWeights>> pinned;
@@ -289,6 +290,7 @@ void Engine::Impl::end_micro_batch() {
 void Engine::Impl::collect(const Plan& plan, const StepBatch& batch) {
   Core& c = *core;
   c.planner.commit(plan);
+  c.committed = true;
   c.stats.train_tokens += plan.rows[0];
   c.stats.eval_tokens += plan.rows[1];
   c.stats.prefill_tokens += plan.rows[2];
@@ -423,7 +425,7 @@ void Engine::Impl::finish_job(int64_t id, const std::string& reason) {
 // step or a backward under way it is not known what was added to the gradients, so they end, and those gradients are dropped.
 void Engine::Impl::recover(const Plan& plan, const std::string& what) {
   Core& c = *core;
-  c.planner.abort(plan);
+  if (!c.committed) c.planner.abort(plan);
   std::vector<int64_t> jobs = plan.completed_jobs;
   for (const Segment& s : plan.segments) {
     if (s.kind == Kind::train || s.kind == Kind::eval) jobs.push_back(s.id);
@@ -432,6 +434,7 @@ void Engine::Impl::recover(const Plan& plan, const std::string& what) {
   std::ranges::sort(jobs);
   jobs.erase(std::unique(jobs.begin(), jobs.end()), jobs.end());
   if (c.micro) {
+    c.planner.abandon_backward();
     end_micro_batch();
   }
   for (int64_t id : jobs) {
