@@ -1,0 +1,282 @@
+// LoRA kernels of the CUDA backend beside the base products of one layer of an 8B Llama shape (H 4096, F 14336, 32 query and 8 key heads of 128).
+//   kernels [rank]                 prints a table and, as its last line, JSON
+// Method: CUDA graphs of several layers with weights of their own (so the L2 is cold), one without and one with adapters, replayed in turn; the LoRA
+// figure is the difference of the medians. Ceilings (copy bandwidth, a large product) are measured in the same run. Data is random.
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda_ops.h"
+#include "ops/ops.h"
+
+extern "C" loquetier::Ops* loquetier_make_cuda_ops(int device, int compute_dtype, int deterministic);
+
+using namespace loquetier;
+
+namespace {
+
+void must(cudaError_t status) {
+  if (status != cudaSuccess) {
+    std::printf("CUDA error: %s\n", cudaGetErrorString(status));
+    std::exit(1);
+  }
+}
+
+__global__ void fill_kernel(__nv_bfloat16* p, int64_t n, uint64_t seed, float scale) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n; i += int64_t{gridDim.x} * blockDim.x) {
+    uint64_t z = (static_cast<uint64_t>(i) + seed) * 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    z ^= z >> 31;
+    const float sum = static_cast<float>((z & 0xffff) + (z >> 16 & 0xffff) + (z >> 32 & 0xffff) + (z >> 48)) / 65536.0f - 2.0f;  // near normal
+    p[i] = __float2bfloat16(sum * scale);
+  }
+}
+
+class Bench {
+ public:
+  explicit Bench(std::unique_ptr<Ops> backend) : ops(std::move(backend)) {
+    stream = static_cast<cuda::CudaDevice&>(ops->device()).stream();
+  }
+  TensorView random(int64_t rows, int64_t cols, float scale = 1) {
+    buffers.emplace_back(ops->device(), static_cast<size_t>(rows * cols) * 2);
+    const TensorView t = matrix(buffers.back().data(), DType::bf16, rows, cols);
+    fill_kernel<<<1024, 256, 0, stream>>>(static_cast<__nv_bfloat16*>(t.data), rows * cols, seed += 977, scale);
+    must(cudaGetLastError());
+    return t;
+  }
+  template <class V>
+  V* upload(const std::vector<V>& host) {
+    buffers.emplace_back(ops->device(), std::max<size_t>(host.size() * sizeof(V), 16));
+    ops->device().copy_to_device(buffers.back().data(), host.data(), host.size() * sizeof(V));
+    ops->device().synchronize();
+    return static_cast<V*>(buffers.back().data());
+  }
+  cudaGraphExec_t capture(const std::function<void()>& work) {
+    work();  // makes plans and scratch
+    ops->device().synchronize();
+    cudaGraph_t graph;
+    must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    work();
+    must(cudaStreamEndCapture(stream, &graph));
+    cudaGraphExec_t exec;
+    must(cudaGraphInstantiate(&exec, graph, 0));
+    must(cudaGraphDestroy(graph));
+    return exec;
+  }
+  // Median microseconds of each graph over interleaved replays.
+  std::vector<double> time(const std::vector<cudaGraphExec_t>& graphs, double budget_ms = 150) {
+    cudaEvent_t begin, end;
+    must(cudaEventCreate(&begin));
+    must(cudaEventCreate(&end));
+    std::vector<std::vector<double>> times(graphs.size());
+    double spent = 0;
+    for (int round = 0; round < 200 && (round < 7 || spent < budget_ms); ++round) {
+      for (size_t g = 0; g < graphs.size(); ++g) {
+        must(cudaEventRecord(begin, stream));
+        must(cudaGraphLaunch(graphs[g], stream));
+        must(cudaEventRecord(end, stream));
+        must(cudaEventSynchronize(end));
+        float ms = 0;
+        must(cudaEventElapsedTime(&ms, begin, end));
+        if (round >= 2) times[g].push_back(ms * 1000.0);
+        spent += ms;
+      }
+    }
+    std::vector<double> medians;
+    for (auto& t : times) {
+      std::nth_element(t.begin(), t.begin() + static_cast<std::ptrdiff_t>(t.size() / 2), t.end());
+      medians.push_back(t[t.size() / 2]);
+    }
+    for (cudaGraphExec_t g : graphs) must(cudaGraphExecDestroy(g));
+    return medians;
+  }
+
+  std::unique_ptr<Ops> ops;
+  cudaStream_t stream = nullptr;
+  std::vector<Buffer> buffers;
+  uint64_t seed = 1;
+};
+
+constexpr int64_t kHidden = 4096, kFeed = 14336;
+const LoraLinear kLinears[4] = {{0, 3, kHidden, {4096, 1024, 1024}}, {1, 1, kHidden, {kHidden}}, {2, 2, kHidden, {kFeed, kFeed}}, {3, 1, kFeed, {kHidden}}};
+int64_t columns(const LoraLinear& l) { return l.out[0] + l.out[1] + l.out[2]; }
+
+// Adapters of every layer for one batch: consecutive runs of rows, one adapter each.
+struct Batch {
+  LoraGroups groups;
+  std::vector<LoraGroup> host;
+  std::vector<std::vector<LoraSite>> sites;
+  std::vector<std::vector<LoraGradSite>> grads;
+};
+
+void make_batch(Bench& b, Batch& batch, int64_t rows, int adapters, int rank, int layers, bool train) {
+  for (int a = 0; a < adapters; ++a) {
+    std::vector<LoraSite> sites;
+    std::vector<LoraGradSite> grads;
+    for (int l = 0; l < layers; ++l) {
+      for (const LoraLinear& linear : kLinears) {
+        LoraSite site;
+        LoraGradSite grad;
+        const TensorView all = b.random(linear.parts * rank, linear.in, 0.02f);
+        for (int p = 0; p < linear.parts; ++p) {
+          site.part[p] = {all.at(p * rank), b.random(linear.out[p], rank, 0.02f).data, rank, 2.0f};
+          if (train) {
+            grad.part[p].da = static_cast<float*>(b.random(rank, linear.in * 2, 0).data);
+            grad.part[p].db = static_cast<float*>(b.random(linear.out[p], rank * 2, 0).data);
+          }
+        }
+        sites.push_back(site);
+        grads.push_back(grad);
+      }
+    }
+    batch.sites.push_back(sites);
+    batch.grads.push_back(grads);
+  }
+  for (int a = 0; a < adapters; ++a) {
+    LoraGroup g;
+    g.row_begin = static_cast<int32_t>(rows * a / adapters);
+    g.rows = static_cast<int32_t>(rows * (a + 1) / adapters - rows * a / adapters);
+    g.host_sites = batch.sites[static_cast<size_t>(a)].data();
+    g.sites = b.upload(batch.sites[static_cast<size_t>(a)]);
+    if (train) {
+      g.host_grads = batch.grads[static_cast<size_t>(a)].data();
+      g.grads = b.upload(batch.grads[static_cast<size_t>(a)]);
+    }
+    batch.host.push_back(g);
+  }
+  batch.groups = {b.upload(batch.host), batch.host.data(), adapters, 3 * rank, nullptr};
+}
+
+LoraLinear at_layer(int index, int layer) {
+  LoraLinear l = kLinears[index];
+  l.site = layer * 4 + index;
+  return l;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rank = argc > 1 ? std::atoi(argv[1]) : 16;
+  cudaDeviceProp properties;
+  must(cudaGetDeviceProperties(&properties, 0));
+  std::string json = "{\"gpu\": \"" + std::string(properties.name) + "\", \"rank\": " + std::to_string(rank);
+  const auto add = [&](const std::string& name, double value) {
+    char text[128];
+    std::snprintf(text, sizeof(text), ", \"%s\": %.2f", name.c_str(), value);
+    json += text;
+  };
+
+  {
+    Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
+    const TensorView x = b.random(8192, 8192), w = b.random(8192, 8192), y = b.random(8192, 8192);
+    const TensorView from = b.random(1 << 15, 1 << 16), to = b.random(1 << 15, 1 << 16);
+    const auto product = b.time({b.capture([&] { b.ops->linear(x, w, {}, y); })});
+    const auto copy = b.time({b.capture([&] { b.ops->device().copy_on_device(to.data, from.data, size_t{1} << 32); })});
+    const double tflops = 2.0 * 8192 * 8192 * 8192 / product[0] / 1e6, gbs = 2.0 * (1ll << 32) / copy[0] / 1e3;
+    std::printf("%s: product %.0f TFLOP/s, copy %.0f GB/s; rank %d\n", properties.name, tflops, gbs, rank);
+    add("product_tflops", tflops);
+    add("copy_gbs", gbs);
+  }
+
+  std::printf("%6s %9s | %9s %9s %7s | %9s %9s %9s\n", "rows", "adapters", "base us", "LoRA us", "%", "3 calls", "shrink", "expand");
+  const int cases[][3] = {{64, 1, 4}, {64, 8, 4}, {64, 64, 4}, {16, 16, 4}, {256, 8, 4}, {2048, 4, 2}, {8192, 1, 2}, {8192, 4, 2}, {8192, 16, 2}};
+  for (const auto& c : cases) {
+    const int64_t rows = c[0];
+    const int adapters = c[1], layers = c[2];
+    Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
+    Batch batch;
+    make_batch(b, batch, rows, adapters, rank, layers, false);
+    std::vector<TensorView> w;
+    for (int l = 0; l < layers; ++l) {
+      for (const LoraLinear& linear : kLinears) w.push_back(b.random(columns(linear), linear.in, 0.02f));
+    }
+    const TensorView x = b.random(rows, kHidden), wide_x = b.random(rows, kFeed), y = b.random(rows, 2 * kFeed), s = b.random(rows, 3 * rank);
+    const auto each = [&](const std::function<void(const LoraLinear&, TensorView, TensorView, TensorView)>& f) {
+      for (int l = 0; l < layers; ++l) {
+        for (int i = 0; i < 4; ++i) {
+          const LoraLinear linear = at_layer(i, l);
+          f(linear, i == 3 ? wide_x : x, w[static_cast<size_t>(l * 4 + i)], matrix(y.data, DType::bf16, rows, columns(linear)));
+        }
+      }
+    };
+    Ops& ops = *b.ops;
+    const auto base = b.capture([&] { each([&](const LoraLinear&, TensorView in, TensorView m, TensorView out) { ops.linear(in, m, {}, out); }); });
+    const auto fused = b.capture([&] {
+      each([&](const LoraLinear& l, TensorView in, TensorView m, TensorView out) { ops.linear_lora(in, m, {}, l, batch.groups, s, out); });
+    });
+    const auto three = b.capture([&] {
+      each([&](const LoraLinear& l, TensorView in, TensorView m, TensorView out) {
+        ops.linear(in, m, {}, out);
+        ops.lora_shrink(l, batch.groups, in, s);
+        ops.lora_expand(l, batch.groups, s, out);
+      });
+    });
+    const auto shrink = b.capture([&] { each([&](const LoraLinear& l, TensorView in, TensorView, TensorView) { ops.lora_shrink(l, batch.groups, in, s); }); });
+    const auto expand = b.capture([&] { each([&](const LoraLinear& l, TensorView, TensorView, TensorView out) { ops.lora_expand(l, batch.groups, s, out); }); });
+    std::vector<double> t = b.time({base, fused, three});
+    const std::vector<double> alone = b.time({shrink, expand}, 50);
+    for (double& v : t) v /= layers;
+    const double lora = t[1] - t[0];
+    std::printf("%6lld %9d | %9.1f %9.1f %6.1f%% | %9.1f %9.1f %9.1f\n", static_cast<long long>(rows), adapters, t[0], lora, 100 * lora / t[0], t[2] - t[0],
+                alone[0] / layers, alone[1] / layers);
+    const std::string name = std::to_string(rows) + "x" + std::to_string(adapters);
+    add("base_us_" + name, t[0]);
+    add("lora_us_" + name, lora);
+    add("three_calls_us_" + name, t[2] - t[0]);
+  }
+
+  std::printf("backward, 8192 rows, us a layer\n%9s | %9s | %9s %9s %9s | %9s %6s\n", "adapters", "base dX", "ds", "dx", "dA, dB", "LoRA", "%");
+  for (const int adapters : {1, 4, 16}) {
+    const int64_t rows = 8192;
+    const int layers = 2;
+    Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
+    Batch batch;
+    make_batch(b, batch, rows, adapters, rank, layers, true);
+    std::vector<TensorView> w;
+    for (int l = 0; l < layers; ++l) {
+      for (const LoraLinear& linear : kLinears) w.push_back(b.random(columns(linear), linear.in, 0.02f));
+    }
+    const TensorView x = b.random(rows, kFeed), dy = b.random(rows, 2 * kFeed), dx = b.random(rows, kFeed), s = b.random(rows, 3 * rank),
+                     ds = b.random(rows, 3 * rank);
+    Ops& ops = *b.ops;
+    const auto each = [&](const std::function<void(const LoraLinear&, TensorView, TensorView, TensorView, TensorView)>& f) {
+      for (int l = 0; l < layers; ++l) {
+        for (int i = 0; i < 4; ++i) {
+          const LoraLinear linear = at_layer(i, l);
+          f(linear, matrix(x.data, DType::bf16, rows, linear.in), w[static_cast<size_t>(l * 4 + i)],
+            matrix(dy.data, DType::bf16, rows, columns(linear)), matrix(dx.data, DType::bf16, rows, linear.in));
+        }
+      }
+    };
+    const auto base = b.capture([&] { each([&](auto&, TensorView, TensorView m, TensorView g, TensorView out) { ops.linear_backward(g, m, out, false); }); });
+    const auto all = b.capture([&] {
+      each([&](auto& l, TensorView in, TensorView m, TensorView g, TensorView out) {
+        ops.lora_backward_s(l, batch.groups, g, ds);
+        ops.lora_backward_weights(l, batch.groups, in, s, g, ds);
+        ops.linear_backward(g, m, out, false);
+        ops.lora_backward_x(l, batch.groups, ds, out);
+      });
+    });
+    const auto only_s = b.capture([&] { each([&](auto& l, TensorView, TensorView, TensorView g, TensorView) { ops.lora_backward_s(l, batch.groups, g, ds); }); });
+    const auto only_x = b.capture([&] { each([&](auto& l, TensorView, TensorView, TensorView, TensorView out) { ops.lora_backward_x(l, batch.groups, ds, out); }); });
+    const auto only_w =
+        b.capture([&] { each([&](auto& l, TensorView in, TensorView, TensorView g, TensorView) { ops.lora_backward_weights(l, batch.groups, in, s, g, ds); }); });
+    std::vector<double> t = b.time({base, all}), alone = b.time({only_s, only_x, only_w}, 60);
+    for (double& v : t) v /= layers;
+    for (double& v : alone) v /= layers;
+    std::printf("%9d | %9.1f | %9.1f %9.1f %9.1f | %9.1f %5.1f%%\n", adapters, t[0], alone[0], alone[1], alone[2], t[1] - t[0], 100 * (t[1] - t[0]) / t[0]);
+    const std::string name = std::to_string(adapters);
+    add("base_dx_us_" + name, t[0]);
+    add("lora_backward_us_" + name, t[1] - t[0]);
+  }
+  std::printf("%s}\n", json.c_str());
+  return 0;
+}
