@@ -78,6 +78,7 @@ def test_unknown_and_removed_adapters(unharmed, benches):
     example = drive.to_examples([{"input_ids": [5, 6]}])
     unharmed.add_adapter("gone", benches("llama31").adapter_folders["attn"])
     unharmed.remove_adapter("gone")
+    drive.run(unharmed)  # gives its memory back
     for name in ("nobody", "gone"):
         for call in (
             lambda n=name: unharmed.submit_infer(PROMPT, adapter=n),
