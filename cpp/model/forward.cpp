@@ -13,18 +13,18 @@ void base_linear(Ops& ops, const LinearWeights& weights, TensorView x, TensorVie
   }
 }
 
-namespace {
-
-// y = x W^T + bias + LoRA of each row's adapter; s keeps x A^T.
-void linear(Ops& ops, const LinearWeights& weights, const LoraLinear& lora, const LoraGroups& groups, TensorView x, TensorView s,
-            TensorView y) {
-  base_linear(ops, weights, x, y);
-  if (!any_lora(groups)) return;
-  ops.lora_shrink(lora, groups, x, s);
-  ops.lora_expand(lora, groups, s, y);
+void adapted_linear(Ops& ops, const LinearWeights& weights, const LoraLinear& lora, const LoraGroups& groups, TensorView x,
+                    TensorView s, TensorView y) {
+  if (!any_lora(groups)) {
+    base_linear(ops, weights, x, y);
+  } else if (weights.size() == 1) {
+    ops.linear_lora(x, weights[0].w, weights[0].bias, lora, groups, s, y);
+  } else {
+    base_linear(ops, weights, x, y);
+    ops.lora_shrink(lora, groups, x, s);
+    ops.lora_expand(lora, groups, s, y);
+  }
 }
-
-}  // namespace
 
 void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weights, int64_t layer, const LayerBatch& batch,
                    const LayerSaved& keep, KvLayer kv, const KvShape& kv_shape, TensorView norm, TensorView act, TensorView delta,
@@ -34,7 +34,7 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
   const LoraGroups& groups = *batch.groups;
   const auto lora = [&](Site site) { return lora_linear(config, site_of(layer, site)); };
 
-  linear(ops, weights.qkv, lora(Site::qkv), groups, norm, keep.s[0], keep.qkv);
+  adapted_linear(ops, weights.qkv, lora(Site::qkv), groups, norm, keep.s[0], keep.qkv);
   ops.rope(keep.qkv, shape, batch.cos_sin, weights.q_norm, weights.k_norm, config.rms_norm_eps, keep.raw, batch.kv_slots, kv,
            kv_shape);
 
@@ -47,13 +47,13 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
   }
   if (batch.paged && batch.paged->sequences > 0) ops.attention_paged(q, kv, kv_shape, *batch.paged, shape, keep.attn);
 
-  linear(ops, weights.o, lora(Site::o), groups, keep.attn, keep.s[1], delta);
+  adapted_linear(ops, weights.o, lora(Site::o), groups, keep.attn, keep.s[1], delta);
   ops.add_rms_norm(keep.x, delta, weights.post_norm, config.rms_norm_eps, keep.mid, norm);
 
-  linear(ops, weights.gate_up, lora(Site::gate_up), groups, norm, keep.s[2], keep.gate_up);
+  adapted_linear(ops, weights.gate_up, lora(Site::gate_up), groups, norm, keep.s[2], keep.gate_up);
   ops.swiglu(keep.gate_up, act);
   if (output) {
-    linear(ops, weights.down, lora(Site::down), groups, act, keep.s[3], delta);
+    adapted_linear(ops, weights.down, lora(Site::down), groups, act, keep.s[3], delta);
   } else if (any_lora(groups)) {
     ops.lora_shrink(lora(Site::down), groups, act, keep.s[3]);
   }

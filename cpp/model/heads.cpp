@@ -44,11 +44,7 @@ void run_heads(Ops& ops, const ModelWeights& weights, const BatchView& batch, Te
     const size_t mark = scratch.mark();
     const HeadScratch work = HeadScratch::carve(scratch, config, ops.compute_dtype(), chunk.rows, train, chunk.groups.max_rank);
     ops.gather_rows(final_norm, batch.head_rows + chunk.begin, work.norm);
-    base_linear(ops, weights.table.lm_head, work.norm, work.logits);
-    if (any_lora(chunk.groups)) {
-      ops.lora_shrink(lora, chunk.groups, work.norm, work.s);
-      ops.lora_expand(lora, chunk.groups, work.s, work.logits);
-    }
+    adapted_linear(ops, weights.table.lm_head, lora, chunk.groups, work.norm, work.s, work.logits);
 
     if (chunk.kind == HeadKind::sample) {
       if (first_sample < 0) first_sample = chunk.begin;

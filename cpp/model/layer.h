@@ -10,6 +10,9 @@ namespace loquetier {
 
 // y = x W^T + bias, block by block into adjacent columns.                          x [T, in]; y [T, sum out]
 void base_linear(Ops& ops, const LinearWeights& weights, TensorView x, TensorView y);
+// The same, then the LoRA of each row's adapter; s [T, R] keeps x A^T. One matrix goes as one op, which a backend may fuse.
+void adapted_linear(Ops& ops, const LinearWeights& weights, const LoraLinear& lora, const LoraGroups& groups, TensorView x,
+                    TensorView s, TensorView y);
 // dx = dy W, summed over the blocks.                                               dy [T, sum out]; dx [T, in]
 void base_linear_backward(Ops& ops, const LinearWeights& weights, TensorView dy, TensorView dx);
 
