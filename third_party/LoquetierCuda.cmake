@@ -46,8 +46,8 @@ if(NOT LoquetierCuda_FRONTEND_INCLUDE)  # the wheel puts its headers in site-pac
   endif()
 endif()
 # NVIDIA's wheels hold versioned names only.
-find_library(LoquetierCuda_CUDART NAMES libcudart.so libcudart.so.13 libcudart.so.12 HINTS ${LoquetierCuda_roots} PATH_SUFFIXES lib lib64)
-find_library(LoquetierCuda_CUBLASLT NAMES libcublasLt.so libcublasLt.so.13 libcublasLt.so.12 HINTS ${LoquetierCuda_roots} PATH_SUFFIXES lib lib64)
+find_library(LoquetierCuda_CUDART NAMES libcudart.so libcudart.so.13 libcudart.so.12 NAMES_PER_DIR HINTS ${LoquetierCuda_roots} PATH_SUFFIXES lib lib64)
+find_library(LoquetierCuda_CUBLASLT NAMES libcublasLt.so libcublasLt.so.13 libcublasLt.so.12 NAMES_PER_DIR HINTS ${LoquetierCuda_roots} PATH_SUFFIXES lib lib64)
 
 set(LoquetierCuda_missing)
 foreach(piece IN ITEMS NVCC RUNTIME_INCLUDE CUBLAS_INCLUDE CUDNN_INCLUDE FRONTEND_INCLUDE CUDART CUBLASLT)
