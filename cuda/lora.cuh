@@ -29,6 +29,7 @@ struct Tile {
 // Tile `index` when every group with an adapter is cut into tiles of `tile_rows`. All lanes of a warp call it together.
 __device__ inline Tile find_tile(const LoraCall& call, int tile_rows, int index) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll 1
   for (int base = 0; base < call.count; base += kWarp) {
     const int g = base + lane;
     int tiles = 0;
@@ -51,16 +52,23 @@ __device__ inline Tile find_tile(const LoraCall& call, int tile_rows, int index)
   return {};
 }
 
+// An adapter's entry in shared memory: one trip to memory for all its fields, which are then indexed freely. The whole block calls it; `to` may be read
+// after the next __syncthreads().
+__device__ inline void fetch_site(const LoraSite* from, LoraSite& to) {
+  constexpr int kWords = sizeof(LoraSite) / sizeof(uint64_t);
+  if (threadIdx.x < kWords) reinterpret_cast<uint64_t*>(&to)[threadIdx.x] = __ldg(reinterpret_cast<const unsigned long long*>(from) + threadIdx.x);
+}
+
 // ---------------------------------------------------------------- products
 
 template <class T>
 __device__ inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, bf16>) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   } else {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
@@ -69,36 +77,36 @@ __device__ inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_
 // The transposed 8 x 8 block: lane (g, q) gives row g, columns 2q and 2q + 1, and gets row g of the transposed one.
 __device__ inline uint32_t transpose(uint32_t x) {
   uint32_t y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
 }
 
 // ---------------------------------------------------------------- loads of 16-bit elements, zero outside [0, n)
 
+// kFast: every row begins on 16 bytes and n is a multiple of 8 (the host has looked: fast_layout()). Otherwise element by element. The slow code is
+// large, so it lives in kernels of its own: a decode step runs each kernel from a cold instruction cache.
 __device__ inline uint32_t element(const void* p, int64_t i) { return static_cast<const uint16_t*>(p)[i]; }
 
 // Two neighbours, i and i + 1.
-__device__ inline uint32_t load2(const void* p, int64_t i, int64_t n, bool vectors) {
+template <bool kFast>
+__device__ inline uint32_t load2(const void* p, int64_t i, int64_t n) {
   if (i >= n) return 0;
-  if (vectors) return *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p) + i);  // n is even
-  return element(p, i) | (i + 1 < n ? element(p, i + 1) << 16 : 0u);
+  if constexpr (kFast) return __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p) + i));
+  else return element(p, i) | (i + 1 < n ? element(p, i + 1) << 16 : 0u);
 }
-// Four neighbours; with `vectors` n is a multiple of 4 and the address of 8 bytes.
-__device__ inline uint2 load4(const void* p, int64_t i, int64_t n, bool vectors) {
+// Four neighbours.
+template <bool kFast>
+__device__ inline uint2 load4(const void* p, int64_t i, int64_t n) {
   if (i >= n) return {0, 0};
-  if (vectors) return *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p) + i);
-  return {load2(p, i, n, false), load2(p, i + 2, n, false)};
+  if constexpr (kFast) return __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p) + i));
+  else return {load2<false>(p, i, n), load2<false>(p, i + 2, n)};
 }
-// Eight neighbours; with `vectors` n is a multiple of 8 and the address of 16 bytes.
-__device__ inline uint4 load8(const void* p, int64_t i, int64_t n, bool vectors) {
+// Eight neighbours.
+template <bool kFast>
+__device__ inline uint4 load8(const void* p, int64_t i, int64_t n) {
   if (i >= n) return {0, 0, 0, 0};
-  if (vectors) return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + i);
-  return {load2(p, i, n, false), load2(p, i + 2, n, false), load2(p, i + 4, n, false), load2(p, i + 6, n, false)};
-}
-
-// Whether rows `ld` elements apart, from p on, all begin on a multiple of `elements` elements.
-__device__ inline bool in_vectors(const void* p, int64_t ld, int elements) {
-  return reinterpret_cast<uintptr_t>(p) % (static_cast<unsigned>(elements) * 2) == 0 && ld % elements == 0;
+  if constexpr (kFast) return __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + i));
+  else return {load2<false>(p, i, n), load2<false>(p, i + 2, n), load2<false>(p, i + 4, n), load2<false>(p, i + 6, n)};
 }
 
 template <class T>

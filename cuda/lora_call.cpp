@@ -47,4 +47,25 @@ TileCount count_tiles(const LoraGroups& groups, int tile_rows) {
   return count;
 }
 
+bool fast_layout(const LoraLinear& linear, const LoraGroups& groups, std::initializer_list<TensorView> rows) {
+  uint64_t bits = static_cast<uint64_t>(linear.in);  // whatever must be a multiple of 8
+  for (int p = 0; p < linear.parts; ++p) bits |= static_cast<uint64_t>(linear.out[p]);
+  uint64_t pointers = 0;  // whatever must be a multiple of 16
+  for (const TensorView& t : rows) {
+    bits |= static_cast<uint64_t>(t.ld);
+    pointers |= reinterpret_cast<uintptr_t>(t.data);
+  }
+  for (int32_t g = 0; g < groups.count; ++g) {
+    const LoraGroup& group = groups.host_groups[g];
+    if (group.sites == nullptr || group.rows == 0) continue;
+    for (int p = 0; p < linear.parts; ++p) {
+      const LoraPart& part = group.host_sites[linear.site].part[p];
+      if (part.rank == 0) continue;
+      bits |= static_cast<uint64_t>(part.rank);
+      pointers |= reinterpret_cast<uintptr_t>(part.a) | reinterpret_cast<uintptr_t>(part.b);
+    }
+  }
+  return bits % 8 == 0 && pointers % 16 == 0;
+}
+
 }  // namespace loquetier::cuda

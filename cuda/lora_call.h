@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "ops/ops.h"
 
@@ -28,6 +29,9 @@ struct TileCount {
   bool dropout = false;  // any group has one
 };
 TileCount count_tiles(const LoraGroups& groups, int tile_rows);
+
+// Whether all columns, ranks and pointers of this linear and these rows allow 16-byte loads.
+bool fast_layout(const LoraLinear& linear, const LoraGroups& groups, std::initializer_list<TensorView> rows);
 
 inline int64_t columns_of(const LoraLinear& linear) {
   int64_t columns = 0;

@@ -31,7 +31,7 @@ struct GradArgs {
 // Column of n-tile i, slot j of a 32-column piece: a lane's 16-byte load holds columns 8q .. 8q + 7.
 __device__ inline int grad_column(int i, int slot) { return 8 * (slot / 2) + 2 * i + slot % 2; }
 
-template <class T, int MT, Product kProduct>
+template <class T, int MT, Product kProduct, bool kFast>
 __global__ void __launch_bounds__(kLoraThreads) grad_kernel(GradArgs a) {
   extern __shared__ float shared[];
   auto cluster = cooperative_groups::this_cluster();
@@ -39,21 +39,23 @@ __global__ void __launch_bounds__(kLoraThreads) grad_kernel(GradArgs a) {
   const LoraGroup& group = a.call.groups[blockIdx.x / static_cast<unsigned>(cluster_size)];
   if (group.sites == nullptr || group.grads == nullptr || group.rows == 0) return;
   if (kProduct != Product::b && (group.dropout > 0) != (kProduct == Product::a_dropout)) return;
-  const LoraSite& site = group.sites[a.call.site];
+  __shared__ LoraSite site;
+  fetch_site(group.sites + a.call.site, site);
+  __syncthreads();
   const LoraGradSite& grads = group.grads[a.call.site];
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
 
   const int chunk = static_cast<int>(blockIdx.z) % a.chunks;
   int part = static_cast<int>(blockIdx.z) / a.chunks, l_column = 0, rank = 0;
-  int64_t block = blockIdx.y, columns = a.call.in, p_column = 0;
+  int block = static_cast<int>(blockIdx.y), columns = static_cast<int>(a.call.in), p_column = 0;
   if constexpr (kProduct == Product::b) {
     part = 0;
-    columns = a.call.out[0];
-    while (block >= ceil_div(columns, kColumns)) {
-      block -= ceil_div(columns, kColumns);
+    columns = static_cast<int>(a.call.out[0]);
+    while (block >= (columns + kColumns - 1) / kColumns) {
+      block -= (columns + kColumns - 1) / kColumns;
       p_column += columns;
       l_column += site.part[part].rank;
-      columns = a.call.out[++part];
+      columns = static_cast<int>(a.call.out[++part]);
     }
     rank = site.part[part].rank;
   } else if constexpr (kProduct == Product::a_dropout) {
@@ -67,11 +69,11 @@ __global__ void __launch_bounds__(kLoraThreads) grad_kernel(GradArgs a) {
 
   const uint16_t* l = static_cast<const uint16_t*>(a.l) + group.row_begin * a.ld_l + l_column;
   const uint16_t* p = static_cast<const uint16_t*>(a.p) + group.row_begin * a.ld_p + p_column;
-  const bool vector_l = in_vectors(l, a.ld_l, 2) && rank % 2 == 0, vector_p = in_vectors(p, a.ld_p, 8) && columns % 8 == 0;
-  const int64_t n0 = block * kColumns + warp % 2 * 64;
+  const int n0 = block * kColumns + warp % 2 * 64;
   const int share = warp / 2 + kRowShares * cluster_rank, shares = kRowShares * cluster_size;
 
   float sum[MT][8][4] = {};  // n-tile 4 piece + i
+#pragma unroll(kFast ? 2 : 1)
   for (int row0 = share * kRowsPerStep; row0 < group.rows; row0 += shares * kRowsPerStep) {
     uint4 wide[2][2];  // [rows g, g + 8][piece of 32 columns]
     uint32_t left[MT][4];
@@ -81,10 +83,10 @@ __global__ void __launch_bounds__(kLoraThreads) grad_kernel(GradArgs a) {
       const bool real = row < group.rows;
 #pragma unroll
       for (int piece = 0; piece < 2; ++piece) {
-        const int64_t column = n0 + piece * 32 + 8 * q;
+        const int column = n0 + piece * 32 + 8 * q;
         wide[half][piece] = {0, 0, 0, 0};
         if (real) {
-          wide[half][piece] = load8(p + row * a.ld_p, column, columns, vector_p);
+          wide[half][piece] = load8<kFast>(p + row * a.ld_p, column, columns);
           if constexpr (kProduct == Product::a_dropout) {
             wide[half][piece] =
                 masked(wide[half][piece], keep8(a.call.row_keys[group.row_begin + row], a.call.stream[part], column, group.dropout));
@@ -94,8 +96,8 @@ __global__ void __launch_bounds__(kLoraThreads) grad_kernel(GradArgs a) {
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         const int r = rank_begin + m * 16 + 2 * q;
-        left[m][2 * half] = real ? load2(l + row * a.ld_l, r, rank, vector_l) : 0;
-        left[m][2 * half + 1] = real ? load2(l + row * a.ld_l, r + 8, rank, vector_l) : 0;
+        left[m][2 * half] = real ? load2<kFast>(l + row * a.ld_l, r, rank) : 0;
+        left[m][2 * half + 1] = real ? load2<kFast>(l + row * a.ld_l, r + 8, rank) : 0;
       }
     }
 #pragma unroll
@@ -127,6 +129,7 @@ __global__ void __launch_bounds__(kLoraThreads) grad_kernel(GradArgs a) {
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (int e = static_cast<int>(threadIdx.x); e < kTile; e += kLoraThreads) {
     float total = shared[e];
     for (int s = 1; s < kRowShares; ++s) total += shared[s * kTile + e];
@@ -134,16 +137,18 @@ __global__ void __launch_bounds__(kLoraThreads) grad_kernel(GradArgs a) {
   }
   cluster.sync();
   const float scale = kProduct == Product::b ? site.part[part].scale : kProduct == Product::a_dropout ? 1.0f / (1.0f - group.dropout) : 1.0f;
+#pragma unroll 1
   for (int e = cluster_rank * kLoraThreads + static_cast<int>(threadIdx.x); e < kTile; e += cluster_size * kLoraThreads) {
     const int el = e % kWarp, i = e / kWarp % 4, n = e / 128 % 8, m = e / 1024 % MT, half = e / kHalf;
     int r = rank_begin + m * 16 + el / 4 + 8 * (i / 2);
-    const int64_t column = block * kColumns + half * 64 + n / 4 * 32 + grad_column(n % 4, el % 4 * 2 + i % 2);
+    const int column = block * kColumns + half * 64 + n / 4 * 32 + grad_column(n % 4, el % 4 * 2 + i % 2);
     if (r >= rank || column >= columns) continue;
     float total = 0;
+#pragma unroll 1
     for (int b = 0; b < cluster_size; ++b) total += *cluster.map_shared_rank(shared + e, static_cast<unsigned>(b));
     if constexpr (kProduct == Product::b) {
       float* db = grads.part[part].db;
-      if (db != nullptr) db[column * rank + r] += scale * total;
+      if (db != nullptr) db[int64_t{column} * rank + r] += scale * total;
     } else {
       int owner = part;
       if constexpr (kProduct == Product::a) {
@@ -151,7 +156,7 @@ __global__ void __launch_bounds__(kLoraThreads) grad_kernel(GradArgs a) {
         while (r >= site.part[owner].rank) r -= site.part[owner++].rank;
       }
       float* da = grads.part[owner].da;
-      if (da != nullptr) da[r * columns + column] += scale * total;
+      if (da != nullptr) da[int64_t{r} * columns + column] += scale * total;
     }
   }
   cluster.sync();
@@ -164,22 +169,23 @@ int cluster_of(int64_t blocks, int64_t rows, int processors) {
   return cluster;
 }
 
-template <class T, int MT, Product kProduct>
+template <class T, int MT, Product kProduct, bool kFast>
 void launch_grad(const GradArgs& args, int64_t blocks, int products, int64_t rows, int processors, cudaStream_t stream,
                  std::source_location where) {
   const int cluster = cluster_of(int64_t{args.call.count} * blocks * products * args.chunks, rows, processors);
   const Launch launch{dim3(static_cast<unsigned>(args.call.count * cluster), static_cast<unsigned>(blocks),
                            static_cast<unsigned>(products * args.chunks)),
                       dim3(kLoraThreads), static_cast<size_t>(kRowShares * 2 * MT * 8 * 128) * sizeof(float), stream, cluster, where};
-  launch(grad_kernel<T, MT, kProduct>, args);
+  launch(grad_kernel<T, MT, kProduct, kFast>, args);
 }
 
 template <class T, Product kProduct>
-void launch_ranks(GradArgs args, int rank, int64_t blocks, int products, int64_t rows, int processors, cudaStream_t stream,
+void launch_ranks(GradArgs args, int rank, int64_t blocks, int products, int64_t rows, bool fast, int processors, cudaStream_t stream,
                   std::source_location where = std::source_location::current()) {
-  args.chunks = static_cast<int>(ceil_div(rank, rank <= 16 ? 16 : 48));
-  if (rank <= 16) launch_grad<T, 1, kProduct>(args, blocks, products, rows, processors, stream, where);
-  else launch_grad<T, 3, kProduct>(args, blocks, products, rows, processors, stream, where);
+  args.chunks = static_cast<int>(ceil_div(rank, rank <= 16 || !fast ? 16 : 48));
+  if (!fast) launch_grad<T, 1, kProduct, false>(args, blocks, products, rows, processors, stream, where);
+  else if (rank <= 16) launch_grad<T, 1, kProduct, true>(args, blocks, products, rows, processors, stream, where);
+  else launch_grad<T, 3, kProduct, true>(args, blocks, products, rows, processors, stream, where);
 }
 
 }  // namespace
@@ -216,10 +222,11 @@ void CudaOps::lora_backward_weights(const LoraLinear& linear, const LoraGroups& 
   const int64_t a_blocks = ceil_div(linear.in, kColumns);
   const GradArgs for_b = {call, s.data, s.ld, dy.data, dy.ld, 1}, for_a = {call, ds.data, ds.ld, x.data, x.ld, 1};
   const int processors = device_.processors();
+  const bool fast = fast_layout(linear, groups, {x, s, dy, ds});
   dispatch_half(dtype_, [&]<class T>() {
-    launch_ranks<T, Product::b>(for_b, single, b_blocks, 1, largest, processors, stream());
-    if (plain) launch_ranks<T, Product::a>(for_a, stacked, a_blocks, 1, largest, processors, stream());
-    if (dropout) launch_ranks<T, Product::a_dropout>(for_a, single, a_blocks, linear.parts, largest, processors, stream());
+    launch_ranks<T, Product::b>(for_b, single, b_blocks, 1, largest, fast, processors, stream());
+    if (plain) launch_ranks<T, Product::a>(for_a, stacked, a_blocks, 1, largest, fast, processors, stream());
+    if (dropout) launch_ranks<T, Product::a_dropout>(for_a, single, a_blocks, linear.parts, largest, fast, processors, stream());
   });
 }
 

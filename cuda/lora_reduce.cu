@@ -20,7 +20,7 @@ struct ReduceArgs {
   int chunks;  // rank ranges of one product: grid.y = products * chunks
 };
 
-template <class T, int MT, int NT, Product kProduct>
+template <class T, int MT, int NT, Product kProduct, bool kFast>
 __global__ void __launch_bounds__(kLoraThreads) reduce_kernel(ReduceArgs a) {
   extern __shared__ float shared[];
   auto cluster = cooperative_groups::this_cluster();
@@ -29,14 +29,16 @@ __global__ void __launch_bounds__(kLoraThreads) reduce_kernel(ReduceArgs a) {
   if (tile.group < 0) return;
   const LoraGroup& group = a.call.groups[tile.group];
   if (kProduct != Product::backward && (group.dropout > 0) != (kProduct == Product::shrink_dropout)) return;
-  const LoraSite& site = group.sites[a.call.site];
+  __shared__ LoraSite site;
+  fetch_site(group.sites + a.call.site, site);
+  __syncthreads();
   const int chunk = static_cast<int>(blockIdx.y) % a.chunks, product = static_cast<int>(blockIdx.y) / a.chunks;
 
   Reduction r;
   r.ld_p = a.ld_p;
   r.rows = tile.rows;
   r.rank_begin = chunk * MT * 16;
-  r.k = a.call.in;
+  r.k = static_cast<int>(a.call.in);
   int s_column = 0;
   float scale = 1;
   int64_t p_column = 0;
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(kLoraThreads) reduce_kernel(ReduceArgs a) {
     r.rank = part.rank;
     if constexpr (kProduct == Product::backward) {
       r.q = part.b;
-      r.k = a.call.out[product];
+      r.k = static_cast<int>(a.call.out[product]);
       scale = part.scale;
     } else {
       p_column = 0;
@@ -67,10 +69,11 @@ __global__ void __launch_bounds__(kLoraThreads) reduce_kernel(ReduceArgs a) {
   }
   if (r.rank_begin >= r.rank) return;
   r.p = static_cast<const uint16_t*>(a.p) + tile.row * a.ld_p + p_column;
-  reduce_k<T, MT, NT, kProduct == Product::shrink_dropout, kProduct == Product::backward>(r, cluster_rank, cluster_size, shared);
+  reduce_k<T, MT, NT, kProduct == Product::shrink_dropout, kProduct == Product::backward, kFast>(r, cluster_rank, cluster_size, shared);
 
   cluster.sync();
   T* s = static_cast<T*>(a.s) + tile.row * a.ld_s + s_column + r.rank_begin;
+#pragma unroll 1
   for (int e = cluster_rank * kLoraThreads + static_cast<int>(threadIdx.x); e < MT * NT * 128; e += cluster_size * kLoraThreads) {
     int rank, row;
     reduce_place<NT>(e, rank, row);
@@ -83,45 +86,48 @@ __global__ void __launch_bounds__(kLoraThreads) reduce_kernel(ReduceArgs a) {
 struct Plan {
   int cluster = 1;
   int64_t tiles = 0;
-  bool small = false;  // every group has at most 8 rows
+  bool few = false;   // tiles of 8 rows instead of 64: every group has at most 8, or the layout is not fast
+  bool fast = false;
 };
 
 // Enough blocks to fill the device, as far as k allows. Deterministic: always the same split, so a row's sum never changes its order.
-Plan plan_of(const LoraGroups& groups, int64_t k, int products, int processors, bool deterministic) {
+Plan plan_of(const LoraGroups& groups, int64_t k, int products, bool fast, int processors, bool deterministic) {
   Plan plan;
-  const TileCount small = count_tiles(groups, 8);
-  plan.small = small.largest <= 8;
-  plan.tiles = plan.small ? small.tiles : count_tiles(groups, 64).tiles;
+  const TileCount eights = count_tiles(groups, 8);
+  plan.fast = fast;
+  plan.few = !fast || eights.largest <= 8;
+  plan.tiles = plan.few ? eights.tiles : count_tiles(groups, 64).tiles;
   if (deterministic) {
     plan.cluster = 4;
     return plan;
   }
-  const int64_t room = int64_t{processors} * (plan.small ? 2 : 1);
+  const int64_t room = int64_t{processors} * (plan.few ? 2 : 1);
   while (plan.cluster < kMaxCluster && plan.tiles * products * plan.cluster * 2 <= room && k > plan.cluster * kLoraWarps * 64) plan.cluster *= 2;
   return plan;
 }
 
-template <class T, int MT, Product kProduct>
+template <class T, int MT, int NT, Product kProduct, bool kFast>
 void launch_reduce(const Plan& plan, const ReduceArgs& args, int products, cudaStream_t stream, std::source_location where) {
-  const int n_tiles = plan.small ? 1 : 8;
-  const Launch launch{dim3(static_cast<unsigned>(plan.tiles * plan.cluster), static_cast<unsigned>(products * args.chunks)),
-                      dim3(kLoraThreads), static_cast<size_t>(reduce_floats(MT, n_tiles)) * sizeof(float), stream, plan.cluster, where};
-  launch(plan.small ? reduce_kernel<T, MT, 1, kProduct> : reduce_kernel<T, MT, 8, kProduct>, args);
+  Launch{dim3(static_cast<unsigned>(plan.tiles * plan.cluster), static_cast<unsigned>(products * args.chunks)), dim3(kLoraThreads),
+         static_cast<size_t>(reduce_floats(MT, NT)) * sizeof(float), stream, plan.cluster, where}(reduce_kernel<T, MT, NT, kProduct, kFast>, args);
 }
 
 // Rank tiles of a block: as many as the largest rank needs, at most 64 ranks; larger ranks go in ranges.
 template <class T, Product kProduct>
 void launch_ranks(const Plan& plan, ReduceArgs args, int rank, int products, cudaStream_t stream,
                   std::source_location where = std::source_location::current()) {
-  if (rank <= 16) {
-    args.chunks = 1;
-    launch_reduce<T, 1, kProduct>(plan, args, products, stream, where);
+  args.chunks = static_cast<int>(ceil_div(rank, 64));
+  if (!plan.fast) {
+    launch_reduce<T, 4, 1, kProduct, false>(plan, args, products, stream, where);
+  } else if (rank <= 16) {
+    plan.few ? launch_reduce<T, 1, 1, kProduct, true>(plan, args, products, stream, where)
+             : launch_reduce<T, 1, 8, kProduct, true>(plan, args, products, stream, where);
   } else if (rank <= 48) {
-    args.chunks = 1;
-    launch_reduce<T, 3, kProduct>(plan, args, products, stream, where);
+    plan.few ? launch_reduce<T, 3, 1, kProduct, true>(plan, args, products, stream, where)
+             : launch_reduce<T, 3, 8, kProduct, true>(plan, args, products, stream, where);
   } else {
-    args.chunks = static_cast<int>(ceil_div(rank, 64));
-    launch_reduce<T, 4, kProduct>(plan, args, products, stream, where);
+    plan.few ? launch_reduce<T, 4, 1, kProduct, true>(plan, args, products, stream, where)
+             : launch_reduce<T, 4, 8, kProduct, true>(plan, args, products, stream, where);
   }
 }
 
@@ -153,13 +159,14 @@ void CudaOps::lora_shrink(const LoraLinear& linear, const LoraGroups& groups, Te
   require(s.cols >= stacked, "[lora_shrink] s: expected at least ", stacked, " columns, got ", s.cols);
   device_.use();
   const ReduceArgs args = {call, x.data, x.ld, s.data, s.ld, 1};
+  const bool fast = fast_layout(linear, groups, {x});
   const bool dropout = count_tiles(groups, 8).dropout;
   bool plain = false;
   for (int32_t g = 0; g < groups.count; ++g) plain = plain || (groups.host_groups[g].sites != nullptr && groups.host_groups[g].dropout == 0);
   dispatch_half(dtype_, [&]<class T>() {
-    if (plain) launch_ranks<T, Product::shrink>(plan_of(groups, linear.in, 1, device_.processors(), deterministic_), args, stacked, 1, stream());
+    if (plain) launch_ranks<T, Product::shrink>(plan_of(groups, linear.in, 1, fast, device_.processors(), deterministic_), args, stacked, 1, stream());
     if (dropout) {
-      launch_ranks<T, Product::shrink_dropout>(plan_of(groups, linear.in, linear.parts, device_.processors(), deterministic_), args, single,
+      launch_ranks<T, Product::shrink_dropout>(plan_of(groups, linear.in, linear.parts, fast, device_.processors(), deterministic_), args, single,
                                                linear.parts, stream());
     }
   });
@@ -175,9 +182,10 @@ void CudaOps::lora_backward_s(const LoraLinear& linear, const LoraGroups& groups
   require(ds.cols >= stacked, "[lora_backward_s] ds: expected at least ", stacked, " columns, got ", ds.cols);
   device_.use();
   const ReduceArgs args = {call, dy.data, dy.ld, ds.data, ds.ld, 1};
+  const bool fast = fast_layout(linear, groups, {dy});
   const int64_t k = *std::max_element(linear.out, linear.out + linear.parts);
   dispatch_half(dtype_, [&]<class T>() {
-    launch_ranks<T, Product::backward>(plan_of(groups, k, linear.parts, device_.processors(), deterministic_), args, single, linear.parts,
+    launch_ranks<T, Product::backward>(plan_of(groups, k, linear.parts, fast, device_.processors(), deterministic_), args, single, linear.parts,
                                        stream());
   });
 }

@@ -17,7 +17,7 @@ struct Reduction {
   int64_t ld_p = 0;
   int rows = 0;
   const void* q = nullptr;
-  int64_t k = 0;
+  int k = 0;
   int rank = 0;             // R of q: its rows (A) or its row length (B)
   int rank_begin = 0;       // first rank of this chunk
   const uint64_t* row_keys = nullptr;  // of the tile's first row, with dropout
@@ -35,16 +35,16 @@ struct ReduceStep {
   uint4 low[MT], high[MT];  // ranks g and g + 8
 };
 
-template <int MT, int NT, bool kDropout, bool kTransposed>
-__device__ inline void load_step(const Reduction& r, int64_t k0, bool vector_p, bool vector_q, ReduceStep<MT, NT>& step) {
+template <int MT, int NT, bool kDropout, bool kTransposed, bool kFast>
+__device__ inline void load_step(const Reduction& r, int k0, ReduceStep<MT, NT>& step) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
-  const int64_t k = k0 + 8 * q;
+  const int k = k0 + 8 * q;
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
     const int row = n * 8 + g;
     step.p[n] = {0, 0, 0, 0};
     if (row < r.rows) {
-      step.p[n] = load8(static_cast<const uint16_t*>(r.p) + row * r.ld_p, k, r.k, vector_p);
+      step.p[n] = load8<kFast>(static_cast<const uint16_t*>(r.p) + row * r.ld_p, k, r.k);
       if constexpr (kDropout) step.p[n] = masked(step.p[n], keep8(r.row_keys[row], r.stream, k, r.dropout));
     }
   }
@@ -54,17 +54,17 @@ __device__ inline void load_step(const Reduction& r, int64_t k0, bool vector_p, 
     if constexpr (!kTransposed) {
       const uint16_t* a = static_cast<const uint16_t*>(r.q);
       step.low[m] = step.high[m] = {0, 0, 0, 0};
-      if (rank + g < r.rank) step.low[m] = load8(a + (rank + g) * r.k, k, r.k, vector_q);
-      if (rank + g + 8 < r.rank) step.high[m] = load8(a + (rank + g + 8) * r.k, k, r.k, vector_q);
+      if (rank + g < r.rank) step.low[m] = load8<kFast>(a + int64_t{rank + g} * r.k, k, r.k);
+      if (rank + g + 8 < r.rank) step.high[m] = load8<kFast>(a + int64_t{rank + g + 8} * r.k, k, r.k);
     } else {
       // Row j of the block for word i is k0 + 8 (j / 2) + (j % 2) + 2 i, so that after the transposition lane q has k = 8q + 2i, 8q + 2i + 1.
       uint32_t low[4], high[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t row = k0 + 8 * (g / 2) + g % 2 + 2 * i;
-        const uint16_t* b = static_cast<const uint16_t*>(r.q) + row * r.rank;
-        low[i] = row < r.k ? load2(b, rank + 2 * q, r.rank, vector_q) : 0;
-        high[i] = row < r.k ? load2(b, rank + 8 + 2 * q, r.rank, vector_q) : 0;
+        const int row = k0 + 8 * (g / 2) + g % 2 + 2 * i;
+        const uint16_t* b = static_cast<const uint16_t*>(r.q) + int64_t{row} * r.rank;
+        low[i] = row < r.k ? load2<kFast>(b, rank + 2 * q, r.rank) : 0;
+        high[i] = row < r.k ? load2<kFast>(b, rank + 8 + 2 * q, r.rank) : 0;
       }
       step.low[m] = {low[0], low[1], low[2], low[3]};
       step.high[m] = {high[0], high[1], high[2], high[3]};
@@ -94,25 +94,22 @@ __device__ inline void multiply_step(ReduceStep<MT, NT>& step, int n_tiles, floa
 
 // Sums the product over the cluster's share of k. Afterwards `shared` holds, in the first MT * NT * 128 floats of every block of the cluster, that
 // block's partial sums: element ((m * NT + n) * 4 + i) * 32 + lane of fragment c[i]. The caller synchronises the cluster before reading.
-template <class T, int MT, int NT, bool kDropout, bool kTransposed>
+template <class T, int MT, int NT, bool kDropout, bool kTransposed, bool kFast>
 __device__ inline void reduce_k(const Reduction& r, int cluster_rank, int cluster_size, float* shared) {
   // Loads of several steps in flight, as many as registers allow.
-  constexpr int kAhead = NT == 1 ? 4 : MT <= 3 && !kDropout ? 2 : 1;
+  constexpr int kAhead = !kFast ? 1 : NT <= 2 ? (MT * NT <= 4 ? 4 : 2) : MT <= 3 && !kDropout ? 2 : 1;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const bool vector_p = in_vectors(r.p, r.ld_p, 8) && r.k % 8 == 0;
-  const bool vector_q = kTransposed ? in_vectors(r.q, r.rank, 2) : in_vectors(r.q, r.k, 8);
   const int n_tiles = (r.rows + 7) / 8;
-  const int64_t workers = int64_t{kLoraWarps} * cluster_size, worker = int64_t{cluster_rank} * kLoraWarps + warp;
-  const int64_t pieces = (r.k + 63) / 64;
+  const int workers = kLoraWarps * cluster_size, worker = cluster_rank * kLoraWarps + warp;
   float sum[MT][NT][4] = {};
   // Step s of this worker: half s % 2 of its piece s / 2.
-  const int64_t steps = pieces > worker ? 2 * ((pieces - worker + workers - 1) / workers) : 0;
-  const auto k_of = [&](int64_t s) { return (worker + (s / 2) * workers) * 64 + (s % 2) * 32; };
-  for (int64_t s = 0; s < steps; s += kAhead) {
+  const auto k_of = [&](int s) { return (worker + (s / 2) * workers) * 64 + (s % 2) * 32; };
+#pragma unroll 1
+  for (int s = 0; k_of(s) < r.k; s += kAhead) {
     ReduceStep<MT, NT> step[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      load_step<MT, NT, kDropout, kTransposed>(r, s + i < steps ? k_of(s + i) : r.k, vector_p, vector_q, step[i]);
+      load_step<MT, NT, kDropout, kTransposed, kFast>(r, k_of(s + i), step[i]);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) multiply_step<T, MT, NT, kTransposed>(step[i], n_tiles, sum);
@@ -128,6 +125,7 @@ __device__ inline void reduce_k(const Reduction& r, int cluster_rank, int cluste
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (int e = static_cast<int>(threadIdx.x); e < kTile; e += kLoraThreads) {
     float total = shared[e];
     for (int w = 1; w < kLoraWarps; ++w) total += shared[w * kTile + e];
@@ -138,7 +136,14 @@ __device__ inline void reduce_k(const Reduction& r, int cluster_rank, int cluste
 // The sum of element e over the cluster's blocks, in order of rank.
 __device__ inline float cluster_total(cooperative_groups::cluster_group& cluster, float* shared, int e, int cluster_size) {
   float total = 0;
-  for (int b = 0; b < cluster_size; ++b) total += *cluster.map_shared_rank(shared + e, static_cast<unsigned>(b));
+#pragma unroll 1
+  for (int b = 0; b < cluster_size; b += 4) {
+    float part[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) part[i] = b + i < cluster_size ? *cluster.map_shared_rank(shared + e, static_cast<unsigned>(b + i)) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) total += part[i];
+  }
   return total;
 }
 

@@ -1,5 +1,5 @@
 // lora_expand, lora_fill and lora_backward_x: the products out of rank columns into wide rows (lora_spread.cuh). A block takes 512 columns of one part and up to
-// 32 rows of one group; a warp 64 columns.
+// 32 rows of one group; a warp 64 columns. What is there already is loaded before the products, all of it: bandwidth needs the loads in flight.
 #include <algorithm>
 
 #include "cuda_ops.h"
@@ -10,7 +10,6 @@ namespace loquetier::cuda {
 namespace {
 
 constexpr int kBlockColumns = kLoraWarps * kSpreadColumns;
-constexpr int kTileRows = 32;
 
 enum class Product { expand, fill, backward, backward_dropout };  // fill: expand that overwrites
 
@@ -22,48 +21,62 @@ struct SpreadArgs {
   int64_t ld_y;
 };
 
-template <class T, class Y, int NT, Product kProduct>
+template <class T, class Y, int NT, Product kProduct, bool kFast>
 __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
   const Tile tile = find_tile(a.call, NT * 8, static_cast<int>(blockIdx.x));
   if (tile.group < 0) return;
   const LoraGroup& group = a.call.groups[tile.group];
   constexpr bool kExpand = kProduct == Product::expand || kProduct == Product::fill;
-  if (!kExpand && (group.dropout > 0) != (kProduct == Product::backward_dropout)) return;
-  const LoraSite& site = group.sites[a.call.site];
+  if (!kExpand && (group.dropout > 0) != (kProduct == Product::backward_dropout)) return;  // of the whole block
+  __shared__ LoraSite site;
+  fetch_site(group.sites + a.call.site, site);
+  __syncthreads();
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
 
   // This block's columns: of one part (expand), or of x (backward).
   int part = 0;
-  int64_t block = blockIdx.y, columns = a.call.in, y_column = 0;
-  int s_column = 0;
+  int block = static_cast<int>(blockIdx.y), columns = static_cast<int>(a.call.in), y_column = 0, s_column = 0;
   if constexpr (kExpand) {
-    columns = a.call.out[0];
-    while (block >= ceil_div(columns, kBlockColumns)) {
-      block -= ceil_div(columns, kBlockColumns);
+    columns = static_cast<int>(a.call.out[0]);
+    while (block >= (columns + kBlockColumns - 1) / kBlockColumns) {
+      block -= (columns + kBlockColumns - 1) / kBlockColumns;
       y_column += columns;
       s_column += site.part[part].rank;
-      columns = a.call.out[++part];
+      columns = static_cast<int>(a.call.out[++part]);
     }
   }
-  const int64_t n0 = block * kBlockColumns + warp * kSpreadColumns;
+  const int n0 = block * kBlockColumns + warp * kSpreadColumns;
   if (n0 >= columns) return;
   Y* y = static_cast<Y*>(a.y) + tile.row * a.ld_y + y_column;
-  const bool vector_y = in_vectors(y, a.ld_y, static_cast<int>(16 / sizeof(Y))) && columns % 8 == 0;
+  const int column = n0 + 8 * g;
   const T* s = static_cast<const T*>(a.s) + tile.row * a.ld_s;
+
+  constexpr bool kVectors = kFast && sizeof(Y) == 2;
+  constexpr bool kFill = kProduct == Product::fill;
+  uint4 old[NT][2] = {};
+  if constexpr (kVectors && !kFill) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const int row = n * 8 + 2 * q + odd;
+        if (row < tile.rows && column < columns) old[n][odd] = *reinterpret_cast<const uint4*>(y + row * a.ld_y + column);
+      }
+    }
+  }
 
   float sum[NT][4][4] = {};
   // Adds scale * S[:, s0 : s0 + rank] Q^T to `sum`.
   const auto product = [&](const void* matrix, int rank, int s0, float (&to)[NT][4][4]) {
     constexpr bool kTransposed = !kExpand;
-    const bool vectors = kTransposed ? in_vectors(matrix, columns, 8) : in_vectors(matrix, rank, 4);
-    const bool vector_s = in_vectors(s + s0, a.ld_s, 4) && rank % 4 == 0;
+#pragma unroll 1
     for (int r = 0; r < rank; r += 16) {
       SpreadFragments f;
-      load_spread<kTransposed>(matrix, columns, rank, n0, r, vectors, f);
+      load_spread<kTransposed, kFast>(matrix, columns, rank, n0, r, f);
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         const int row = n * 8 + g;
-        const uint2 b = row < tile.rows ? load4(s + row * a.ld_s + s0, r + 4 * q, rank, vector_s) : uint2{0, 0};
+        const uint2 b = row < tile.rows ? load4<kFast>(s + row * a.ld_s + s0, r + 4 * q, rank) : uint2{0, 0};
 #pragma unroll
         for (int t = 0; t < 4; ++t) multiply<T>(to[n][t], f.a[t][0], f.a[t][1], f.a[t][2], f.a[t][3], b.x, b.y);
       }
@@ -110,7 +123,6 @@ __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
     scale = 1.0f / (1.0f - group.dropout);
   }
 
-  const int64_t column = n0 + 8 * g;
   if (column >= columns) return;
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
@@ -124,19 +136,26 @@ __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
         add[2 * t] = sum[n][t][odd] * scale;
         add[2 * t + 1] = sum[n][t][2 + odd] * scale;
       }
-      add8<Y, T, kProduct == Product::fill>(y + row * a.ld_y + column, add, columns - column, vector_y);
+      if constexpr (kVectors) *reinterpret_cast<uint4*>(y + row * a.ld_y + column) = sum8<T>(old[n][odd], add);
+      else add8<Y, kFill, kFast>(y + row * a.ld_y + column, add, columns - column);
     }
   }
 }
 
-template <class T, class Y, Product kProduct>
-void launch_spread(const LoraGroups& groups, const SpreadArgs& args, int64_t blocks, cudaStream_t stream,
-                   std::source_location where = std::source_location::current()) {
-  const TileCount small = count_tiles(groups, 8);
-  const bool few = small.largest <= 8;
-  const int64_t tiles = few ? small.tiles : count_tiles(groups, kTileRows).tiles;
+template <class T, class Y, int NT, Product kProduct, bool kFast>
+void launch_tiles(int64_t tiles, const SpreadArgs& args, int64_t blocks, cudaStream_t stream, std::source_location where) {
   Launch{dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(blocks)), dim3(kLoraThreads), 0, stream, 1, where}(
-      few ? spread_kernel<T, Y, 1, kProduct> : spread_kernel<T, Y, kTileRows / 8, kProduct>, args);
+      spread_kernel<T, Y, NT, kProduct, kFast>, args);
+}
+
+template <class T, class Y, Product kProduct>
+void launch_spread(const LoraGroups& groups, const SpreadArgs& args, int64_t blocks, bool fast, cudaStream_t stream,
+                   std::source_location where = std::source_location::current()) {
+  constexpr int kTiles = kProduct == Product::backward_dropout ? 2 : 4;  // of 8 rows; with dropout every part has sums of its own
+  const TileCount eights = count_tiles(groups, 8);
+  if (!fast) launch_tiles<T, Y, 1, kProduct, false>(eights.tiles, args, blocks, stream, where);
+  else if (eights.largest <= 8) launch_tiles<T, Y, 1, kProduct, true>(eights.tiles, args, blocks, stream, where);
+  else launch_tiles<T, Y, kTiles, kProduct, true>(count_tiles(groups, kTiles * 8).tiles, args, blocks, stream, where);
 }
 
 }  // namespace
@@ -152,8 +171,9 @@ void CudaOps::lora_expand(const LoraLinear& linear, const LoraGroups& groups, Te
   for (int p = 0; p < linear.parts; ++p) blocks += ceil_div(linear.out[p], kBlockColumns);
   const SpreadArgs args = {call, s.data, s.ld, y.data, y.ld};
   dispatch_half(dtype_, [&]<class T>() {
-    if (y.dtype == DType::f32) launch_spread<T, float, Product::expand>(groups, args, blocks, stream());
-    else launch_spread<T, T, Product::expand>(groups, args, blocks, stream());
+    const bool fast = fast_layout(linear, groups, {s, y});
+    if (y.dtype == DType::f32) launch_spread<T, float, Product::expand>(groups, args, blocks, fast, stream());
+    else launch_spread<T, T, Product::expand>(groups, args, blocks, fast, stream());
   });
 }
 
@@ -178,7 +198,7 @@ void CudaOps::lora_fill(const LoraLinear& linear, const LoraGroups& groups, Tens
   int64_t blocks = 0;
   for (int p = 0; p < linear.parts; ++p) blocks += ceil_div(linear.out[p], kBlockColumns);
   const SpreadArgs args = {call, s.data, s.ld, y.data, y.ld};
-  dispatch_half(dtype_, [&]<class T>() { launch_spread<T, T, Product::fill>(groups, args, blocks, stream()); });
+  dispatch_half(dtype_, [&]<class T>() { launch_spread<T, T, Product::fill>(groups, args, blocks, fast_layout(linear, groups, {s, y}), stream()); });
 }
 
 void CudaOps::lora_backward_x(const LoraLinear& linear, const LoraGroups& groups, TensorView ds, TensorView dx) {
@@ -195,8 +215,9 @@ void CudaOps::lora_backward_x(const LoraLinear& linear, const LoraGroups& groups
   const SpreadArgs args = {call, ds.data, ds.ld, dx.data, dx.ld};
   const int64_t blocks = ceil_div(linear.in, kBlockColumns);
   dispatch_half(dtype_, [&]<class T>() {
-    if (plain) launch_spread<T, T, Product::backward>(groups, args, blocks, stream());
-    if (dropout) launch_spread<T, T, Product::backward_dropout>(groups, args, blocks, stream());
+    const bool fast = fast_layout(linear, groups, {ds, dx});
+    if (plain) launch_spread<T, T, Product::backward>(groups, args, blocks, fast, stream());
+    if (dropout) launch_spread<T, T, Product::backward_dropout>(groups, args, blocks, fast, stream());
   });
 }
 

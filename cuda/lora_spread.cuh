@@ -16,16 +16,16 @@ struct SpreadFragments {
   uint32_t a[4][4];  // [m-tile][word]
 };
 
-template <bool kTransposed>
-__device__ inline void load_spread(const void* q_matrix, int64_t n_total, int rank, int64_t n0, int r, bool vectors, SpreadFragments& f) {
+template <bool kTransposed, bool kFast>
+__device__ inline void load_spread(const void* q_matrix, int n_total, int rank, int n0, int r, SpreadFragments& f) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const uint16_t* m = static_cast<const uint16_t*>(q_matrix);
   if constexpr (!kTransposed) {
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      const int64_t n = n0 + 8 * g + 2 * t;
-      const uint2 low = n < n_total ? load4(m + n * rank, r + 4 * q, rank, vectors) : uint2{0, 0};
-      const uint2 high = n + 1 < n_total ? load4(m + (n + 1) * rank, r + 4 * q, rank, vectors) : uint2{0, 0};
+      const int n = n0 + 8 * g + 2 * t;
+      const uint2 low = n < n_total ? load4<kFast>(m + int64_t{n} * rank, r + 4 * q, rank) : uint2{0, 0};
+      const uint2 high = n + 1 < n_total ? load4<kFast>(m + int64_t{n + 1} * rank, r + 4 * q, rank) : uint2{0, 0};
       f.a[t][0] = low.x;
       f.a[t][1] = high.x;
       f.a[t][2] = low.y;
@@ -36,11 +36,11 @@ __device__ inline void load_spread(const void* q_matrix, int64_t n_total, int ra
     for (int half = 0; half < 2; ++half) {
       // Row j of the block is rank r + 4 (j / 2) + (j % 2) + 2 half: after the transposition lane q has ranks 4q + 2 half and the next.
       const int row = r + 4 * (g / 2) + g % 2 + 2 * half;
-      const uint16_t* from = m + row * n_total;
+      const uint16_t* from = m + int64_t{row} * n_total;
       uint4 v0 = {0, 0, 0, 0}, v1 = {0, 0, 0, 0};
       if (row < rank) {
-        v0 = load8(from, n0 + 16 * q, n_total, vectors);
-        v1 = load8(from, n0 + 16 * q + 8, n_total, vectors);
+        v0 = load8<kFast>(from, n0 + 16 * q, n_total);
+        v1 = load8<kFast>(from, n0 + 16 * q + 8, n_total);
       }
       const uint32_t w0[4] = {v0.x, v0.y, v0.z, v0.w}, w1[4] = {v1.x, v1.y, v1.z, v1.w};
 #pragma unroll
@@ -52,34 +52,19 @@ __device__ inline void load_spread(const void* q_matrix, int64_t n_total, int ra
   }
 }
 
-// Adds eight neighbouring values to out[0 .. 8), or overwrites it; `columns` of them exist.
-template <class Y, class T, bool kOverwrite = false>
-__device__ inline void add8(Y* out, const float (&add)[8], int64_t columns, bool vectors) {
-  if (vectors) {
-    if constexpr (sizeof(Y) == 2) {
-      uint4 old = {0, 0, 0, 0};  // zero in either type
-      if constexpr (!kOverwrite) old = *reinterpret_cast<const uint4*>(out);
-      const uint32_t words[4] = {old.x, old.y, old.z, old.w};
-      uint32_t next[4];
+// old + add of eight neighbours in a 16-bit type.
+template <class T>
+__device__ inline uint4 sum8(uint4 old, const float (&add)[8]) {
+  return {pack2<T>(low_float<T>(old.x) + add[0], high_float<T>(old.x) + add[1]), pack2<T>(low_float<T>(old.y) + add[2], high_float<T>(old.y) + add[3]),
+          pack2<T>(low_float<T>(old.z) + add[4], high_float<T>(old.z) + add[5]), pack2<T>(low_float<T>(old.w) + add[6], high_float<T>(old.w) + add[7])};
+}
+
+// Adds eight neighbouring values to out[0 .. 8), or overwrites it; `columns` of them exist. For f32 and for layouts that are not fast.
+template <class Y, bool kOverwrite, bool kFast>
+__device__ inline void add8(Y* out, const float (&add)[8], int64_t columns) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) next[i] = pack2<T>(low_float<T>(words[i]) + add[2 * i], high_float<T>(words[i]) + add[2 * i + 1]);
-      *reinterpret_cast<uint4*>(out) = {next[0], next[1], next[2], next[3]};
-    } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float4 old = {0, 0, 0, 0};
-        if constexpr (!kOverwrite) old = *reinterpret_cast<const float4*>(out + 4 * half);
-        old.x += add[4 * half];
-        old.y += add[4 * half + 1];
-        old.z += add[4 * half + 2];
-        old.w += add[4 * half + 3];
-        *reinterpret_cast<float4*>(out + 4 * half) = old;
-      }
-    }
-  } else {
-    for (int i = 0; i < 8; ++i) {
-      if (i < columns) out[i] = from_float<Y>((kOverwrite ? 0.0f : to_float(out[i])) + add[i]);
-    }
+  for (int i = 0; i < 8; ++i) {
+    if (kFast || i < columns) out[i] = from_float<Y>((kOverwrite ? 0.0f : to_float(out[i])) + add[i]);
   }
 }
 
