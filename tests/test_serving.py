@@ -259,7 +259,9 @@ def test_more_adapters_than_fit(bench):
     for e in (engine, roomy):
         for i in range(3):  # both at once: they share the small pool in turns
             for name in ("attn", "gated"):
-                e.submit_train(name, drive.to_examples(make_examples(2, bench.vocab_size, i)), optimizer=lq.AdamW(lr=1e-2))
+                e.submit_train(
+                    name, drive.to_examples(make_examples(2, bench.vocab_size, i)), optimizer=lq.AdamW(lr=1e-2, eps=1e-3)
+                )
             e.submit_infer([4, 5, 6], adapter="deep" if e is engine else "attn", sampling=drive.greedy(5))
         drive.run(e)
     for name in ("attn", "gated"):

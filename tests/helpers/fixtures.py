@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import loquetier_core as lq
 import pytest
 import torch
 
@@ -18,15 +19,14 @@ from helpers.oracle import Oracle
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped without one")
-
-
 @pytest.fixture(params=DEVICES)
 def device(request) -> str:
-    """Every test of results runs on every backend that is there."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU here")
+    """The backends; a test that takes it runs on every one that is there."""
+    if request.param == "cuda":
+        try:
+            lq.Engine(models.FAMILIES["llama31"]().to_dict(), device="cuda", kv_cache_tokens=64, adapter_pool_bytes=1 << 20)
+        except lq.DeviceError as error:
+            pytest.skip(str(error))
     return request.param
 
 
@@ -42,8 +42,6 @@ class Bench:
 
     def engine(self, names=(), **options):
         """An engine over the model with these PEFT adapters. Small limits by default, so that it costs little memory."""
-        import loquetier_core as lq
-
         options = {"device": "cpu", "num_threads": 1, "kv_cache_tokens": 4096, "max_batch_tokens": 1024, **options}
         engine = lq.Engine(self.folder, **options)
         for name in names:
