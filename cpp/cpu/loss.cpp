@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "cpu/cpu_ops.h"
 
@@ -70,6 +71,10 @@ void CpuOps::token_loss(TensorView logits, const LossRow* rows, TensorView dlogi
       logprob[i] = p;
       loss[i] = static_cast<float>(result.value);
       if (!gradient) continue;
+      if (!std::isfinite(loss[i])) {
+        std::fill_n(dx, logits.cols, std::numeric_limits<float>::quiet_NaN());
+        continue;
+      }
       kernels_.scale(static_cast<float>(-result.slope / sum), dx, dx, logits.cols);
       dx[row.target] += static_cast<float>(result.slope);
     }

@@ -251,7 +251,7 @@ class Ops {
   virtual void lora_backward_s(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView ds) = 0;
   // dx += (ds[:, r0:r0+R] A) * M, summed over parts.          ds [T, >= max_rank] C; dx [T, in] C
   virtual void lora_backward_x(const LoraLinear& linear, const LoraGroups& groups, TensorView ds, TensorView dx) = 0;
-  // dB += scale * dy[:, part]^T s;  dA += ds^T (x * M).       groups with grads only; f32 accumulation in a fixed order
+  // dB += scale * dy[:, part]^T s;  dA += ds^T (x * M).       groups with grads only, no two of one adapter; f32, in a fixed order
   virtual void lora_backward_weights(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s,
                                      TensorView dy, TensorView ds) = 0;
 
@@ -266,7 +266,8 @@ class Ops {
   // positions [T] i32 device; inv_freq [D/2] f32 device; cos_sin [T, D] f32
   virtual void rope_table(const int32_t* positions, const float* inv_freq, float attention_factor, TensorView cos_sin) = 0;
   // In place on the q and k columns of qkv [T, (Q + 2K) D] C: q/k norm per head when the weights [D] are not empty, then rotation
-  // (half-split, Su et al. 2021: first half with second half). Rows whose kv_slots >= 0 write k and v to slot = page * P + offset.
+  // (half-split, Su et al. 2021: first half with second half). Rows whose kv_slots >= 0 write k and v to slot = page * P + offset;
+  // kv_slots null: no row writes.
   // raw [n, (Q + K) D] C or empty: q and k before the norm of the first n rows, kept for backward.
   virtual void rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
                     TensorView raw, const int32_t* kv_slots, KvLayer kv, const KvShape& kv_shape) = 0;
@@ -290,6 +291,7 @@ class Ops {
   virtual void swiglu_backward(TensorView gate_up, TensorView dy, TensorView dgate_up) = 0;
 
   // Loss and its gradient of rows with a target. logprob[i] = p, loss[i] as in LossRow; dlogits = dloss/dp * (onehot - softmax).
+  // A loss that is not finite makes its row of dlogits NaN, so that the gradient's norm tells and the update is skipped.
   // logits [n, V] f32, may be overwritten; rows [n] device; dlogits [n, V] C or empty (no gradient), may be logits when C is f32;
   // logprob, loss [n] f32 device
   virtual void token_loss(TensorView logits, const LossRow* rows, TensorView dlogits, float* logprob, float* loss) = 0;

@@ -71,7 +71,7 @@ TEST(token_loss_of_every_kind_with_and_without_gradient) {
   });
 }
 
-TEST(token_loss_of_a_bad_row_is_not_finite) {
+TEST(token_loss_of_a_bad_row_is_not_finite_and_poisons_its_gradient) {
   for_each_rig([](Rig& rig) {
     for (const double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
       Host logits = rig.random(2, 40);
@@ -83,6 +83,19 @@ TEST(token_loss_of_a_bad_row_is_not_finite) {
       const auto values = download_floats(rig, loss, 2);
       CHECK(std::isfinite(values[0]));
       CHECK(!std::isfinite(values[1]));
+    }
+    // A target with probability 0: the loss is infinite though softmax, and so the plain gradient, is finite.
+    Host logits = rig.random(2, 40);
+    logits(1, 0) = -std::numeric_limits<double>::infinity();
+    OnDevice dlogits(rig, logits, DType::f32), gradient(rig, 2, 40);
+    ArrayOnDevice<LossRow> rows(rig, std::vector<LossRow>(2));
+    ArrayOnDevice<float> p(rig, std::vector<float>(2)), loss(rig, std::vector<float>(2));
+    rig.ops().token_loss(dlogits, rows.data(), gradient, p.data(), loss.data());
+    CHECK(std::isinf(download_floats(rig, loss, 2)[1]));
+    const Host got = gradient.get();
+    for (int64_t c = 0; c < 40; ++c) {
+      CHECK(std::isfinite(got(0, c)));
+      CHECK(std::isnan(got(1, c)));
     }
   });
 }
