@@ -12,6 +12,15 @@ namespace {
 
 constexpr int kCheckpointFormat = 1;
 
+bool is_utf8(const std::string& text) {
+  try {
+    (void)nlohmann::json(text).dump();
+    return true;
+  } catch (const nlohmann::json::type_error&) {
+    return false;
+  }
+}
+
 std::vector<NamedTensor> named(const AdapterLayout& layout, const std::vector<float>& flat) {
   std::vector<NamedTensor> tensors;
   for (size_t i = 0; i < layout.targets.size(); ++i) {
@@ -30,6 +39,7 @@ std::vector<NamedTensor> named(const AdapterLayout& layout, const std::vector<fl
 void Engine::Impl::require_new_name(const std::string& name) const {
   require_usable();
   require(!name.empty(), "[add_adapter] name: expected at least one character; the empty name is the base model");
+  require(is_utf8(name), "[add_adapter] name: expected UTF-8 text");
   require(!registry.contains(name), "[add_adapter] name: \"", name, "\" is taken; remove that adapter first or choose another name");
 }
 
@@ -125,6 +135,8 @@ void Engine::add_adapter(const std::string& name, const std::filesystem::path& p
     impl_->require_new_name(name);
   }
   PeftAdapter peft = load_peft_folder(peft_folder, impl_->base->weights().config, impl_->options.max_lora_rank);
+  // PEFT stores a copy of lm_head when it is adapted and puts it over the base's when it loads: it must be the same.
+  for (const BaseCopy& copy : peft.base_copies) check_base_copy(copy, impl_->base->weights().host.lm_head.front().w);
   impl_->add_adapter(name, std::move(peft.config), std::move(peft.targets), peft.weights, peft.stored_dtype);
 }
 
