@@ -9,6 +9,8 @@
 // contiguous, 8 x 8 blocks are transposed in registers (movmatrix).
 #pragma once
 
+#include <cstddef>
+
 #include "common.cuh"
 #include "core/random.h"
 #include "lora_call.h"
@@ -20,20 +22,41 @@ constexpr int kLoraThreads = 256;
 constexpr int kLoraWarps = kLoraThreads / kWarp;
 constexpr int kMaxCluster = 8;
 
+// The tables of groups and sites are small and read by every launch, with all of the base weights streaming through the L2 in between: they ask to be
+// evicted last, or each launch would begin with two trips to memory in a row.
+__device__ inline uint64_t keep_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ inline uint64_t load_kept(const void* p, uint64_t policy) {
+  uint64_t value;
+  asm("ld.global.nc.L2::cache_hint.b64 %0, [%1], %2;" : "=l"(value) : "l"(p), "l"(policy));
+  return value;
+}
+
 struct Tile {
   int group = -1;
   int64_t row = 0;  // first row
   int rows = 0;
+  const LoraSite* sites = nullptr;
 };
 
 // Tile `index` when every group with an adapter is cut into tiles of `tile_rows`. All lanes of a warp call it together.
 __device__ inline Tile find_tile(const LoraCall& call, int tile_rows, int index) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const uint64_t policy = keep_policy();
 #pragma unroll 1
   for (int base = 0; base < call.count; base += kWarp) {
     const int g = base + lane;
     int tiles = 0;
-    if (g < call.count && call.groups[g].sites != nullptr) tiles = (call.groups[g].rows + tile_rows - 1) / tile_rows;
+    uint64_t place = 0, sites = 0;  // row_begin and rows; sites
+    if (g < call.count) {
+      static_assert(offsetof(LoraGroup, row_begin) == 0 && offsetof(LoraGroup, rows) == 4 && offsetof(LoraGroup, sites) == 8);
+      place = load_kept(call.groups + g, policy);
+      sites = load_kept(&call.groups[g].sites, policy);
+      if (sites != 0) tiles = (static_cast<int>(place >> 32) + tile_rows - 1) / tile_rows;
+    }
     int sum = tiles;
     for (int offset = 1; offset < kWarp; offset *= 2) {
       const int below = __shfl_up_sync(0xffffffffu, sum, offset);
@@ -43,9 +66,11 @@ __device__ inline Tile find_tile(const LoraCall& call, int tile_rows, int index)
     if (hit != 0) {
       const int winner = __ffs(static_cast<int>(hit)) - 1;
       const int first = __shfl_sync(0xffffffffu, sum - tiles, winner);
-      const LoraGroup& group = call.groups[base + winner];
+      place = __shfl_sync(0xffffffffu, place, winner);
+      sites = __shfl_sync(0xffffffffu, sites, winner);
       const int begin = (index - first) * tile_rows;
-      return {base + winner, int64_t{group.row_begin} + begin, min(tile_rows, group.rows - begin)};
+      return {base + winner, static_cast<int64_t>(static_cast<uint32_t>(place)) + begin, min(tile_rows, static_cast<int>(place >> 32) - begin),
+              reinterpret_cast<const LoraSite*>(sites)};
     }
     index -= __shfl_sync(0xffffffffu, sum, kWarp - 1);
   }
@@ -56,7 +81,7 @@ __device__ inline Tile find_tile(const LoraCall& call, int tile_rows, int index)
 // after the next __syncthreads().
 __device__ inline void fetch_site(const LoraSite* from, LoraSite& to) {
   constexpr int kWords = sizeof(LoraSite) / sizeof(uint64_t);
-  if (threadIdx.x < kWords) reinterpret_cast<uint64_t*>(&to)[threadIdx.x] = __ldg(reinterpret_cast<const unsigned long long*>(from) + threadIdx.x);
+  if (threadIdx.x < kWords) reinterpret_cast<uint64_t*>(&to)[threadIdx.x] = load_kept(reinterpret_cast<const uint64_t*>(from) + threadIdx.x, keep_policy());
 }
 
 // ---------------------------------------------------------------- products

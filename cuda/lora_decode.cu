@@ -52,8 +52,22 @@ __device__ inline bool find_unit(const LoraCall& call, const LoraSite& site, int
   return false;
 }
 
+// A unit whose first fragments are on their way.
+struct Ahead {
+  bool real = false;
+  Unit unit;
+  SpreadFragments fragments = {};
+};
+
+__device__ inline void fetch_unit(const LoraCall& call, const LoraSite& site, int index, Ahead& ahead) {
+  ahead.real = find_unit(call, site, index, ahead.unit);
+  if (!ahead.real) return;
+  const LoraPart& part = site.part[ahead.unit.part];
+  if (part.rank > 0) load_spread<false, true>(part.b, ahead.unit.columns, part.rank, ahead.unit.n0, 0, ahead.fragments);
+}
+
 template <class T, int MT, int NT>
-__global__ void __launch_bounds__(kLoraThreads) fused_kernel(FusedArgs a) {
+__global__ void __launch_bounds__(kLoraThreads, 2) fused_kernel(FusedArgs a) {
   extern __shared__ float shared[];
   constexpr int kTile = MT * NT * 128;
   // S of the tile, [rows][ranks], rounded as lora_shrink leaves it. The stride keeps 8-byte loads aligned and rows in different banks.
@@ -67,7 +81,7 @@ __global__ void __launch_bounds__(kLoraThreads) fused_kernel(FusedArgs a) {
   const Tile tile = find_tile(a.call, NT * 8, index / a.splits);
   if (tile.group < 0) return;
   __shared__ LoraSite site;
-  fetch_site(a.call.groups[tile.group].sites + a.call.site, site);
+  fetch_site(tile.sites + a.call.site, site);
   __syncthreads();
   Reduction r;
   for (int p = 0; p < a.call.parts; ++p) {
@@ -76,15 +90,15 @@ __global__ void __launch_bounds__(kLoraThreads) fused_kernel(FusedArgs a) {
   }
   if (r.rank == 0) return;
 
-  // The first unit's fragments do not depend on anything of this step.
+  // Fragments of this warp's first units do not depend on anything of this step. From then on the loads stay kDepth units ahead.
   const int workers = kLoraWarps * cluster_size * a.splits;
   int at = (split * cluster_size + cluster_rank) * kLoraWarps + warp;
-  Unit unit;
-  SpreadFragments first;
-  bool more = find_unit(a.call, site, at, unit);
-  if (more) {
-    const LoraPart& part = site.part[unit.part];
-    load_spread<false, true>(part.b, unit.columns, part.rank, unit.n0, 0, first);
+  constexpr int kDepth = NT == 1 ? 2 : 1;  // two blocks to a processor leave 128 registers
+  Ahead ahead[kDepth];
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) {
+    fetch_unit(a.call, site, at, ahead[i]);
+    at += workers;
   }
   asm volatile("griddepcontrol.wait;" ::: "memory");  // x and y come from the launches before
 
@@ -92,7 +106,7 @@ __global__ void __launch_bounds__(kLoraThreads) fused_kernel(FusedArgs a) {
   r.ld_p = a.ld_x;
   r.rows = tile.rows;
   r.k = static_cast<int>(a.call.in);
-  reduce_k<T, MT, NT, false, false, true>(r, cluster_rank, cluster_size, shared);
+  reduce_k<T, MT, NT, false, false, true, MT == 1 ? 4 : MT == 3 ? 2 : 1>(r, cluster_rank, cluster_size, shared);
   cluster.sync();
 #pragma unroll 1
   for (int e = cluster_rank * kLoraThreads + static_cast<int>(threadIdx.x); e < kTile; e += cluster_size * kLoraThreads) {
@@ -106,51 +120,53 @@ __global__ void __launch_bounds__(kLoraThreads) fused_kernel(FusedArgs a) {
   cluster.sync();
 
 #pragma unroll 1
-  for (bool begun = false; more; begun = true) {
+  while (ahead[0].real) {
+    const Unit unit = ahead[0].unit;
+    SpreadFragments f = ahead[0].fragments;
+#pragma unroll
+    for (int i = 0; i + 1 < kDepth; ++i) ahead[i] = ahead[i + 1];
+    fetch_unit(a.call, site, at, ahead[kDepth - 1]);
+    at += workers;
     const LoraPart& part = site.part[unit.part];
-    const int rank = part.rank;
     const int column = unit.n0 + 8 * g;
+    if (part.rank == 0) continue;
     T* y = static_cast<T*>(a.y) + tile.row * a.ld_y + unit.y_column + column;
-    if (rank > 0) {
-      uint4 old[NT][2] = {};
+    uint4 old[NT][2] = {};
 #pragma unroll
-      for (int n = 0; n < NT; ++n) {
+    for (int n = 0; n < NT; ++n) {
 #pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const int row = n * 8 + 2 * q + odd;
-          if (row < tile.rows && column < unit.columns) old[n][odd] = *reinterpret_cast<const uint4*>(y + row * a.ld_y);
-        }
-      }
-      float sum[NT][4][4] = {};
-#pragma unroll 1
-      for (int r0 = 0; r0 < rank; r0 += 16) {
-        if (begun || r0 > 0) load_spread<false, true>(part.b, unit.columns, rank, unit.n0, r0, first);
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-          const T* from = s_tile + (n * 8 + g) * kStride + unit.s_column + r0 + 4 * q;
-          const uint2 b = r0 + 4 * q < rank ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0};
-#pragma unroll
-          for (int t = 0; t < 4; ++t) multiply<T>(sum[n][t], first.a[t][0], first.a[t][1], first.a[t][2], first.a[t][3], b.x, b.y);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const int row = n * 8 + 2 * q + odd;
-          if (row >= tile.rows || column >= unit.columns) continue;
-          float add[8];
-#pragma unroll
-          for (int t = 0; t < 4; ++t) {
-            add[2 * t] = sum[n][t][odd] * part.scale;
-            add[2 * t + 1] = sum[n][t][2 + odd] * part.scale;
-          }
-          *reinterpret_cast<uint4*>(y + row * a.ld_y) = sum8<T>(old[n][odd], add);
-        }
+      for (int odd = 0; odd < 2; ++odd) {
+        const int row = n * 8 + 2 * q + odd;
+        if (row < tile.rows && column < unit.columns) old[n][odd] = *reinterpret_cast<const uint4*>(y + row * a.ld_y);
       }
     }
-    at += workers;
-    more = find_unit(a.call, site, at, unit);
+    float sum[NT][4][4] = {};
+#pragma unroll 1
+    for (int r0 = 0; r0 < part.rank; r0 += 16) {
+      if (r0 > 0) load_spread<false, true>(part.b, unit.columns, part.rank, unit.n0, r0, f);
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const T* from = s_tile + (n * 8 + g) * kStride + unit.s_column + r0 + 4 * q;
+        const uint2 b = r0 + 4 * q < part.rank ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0};
+#pragma unroll
+        for (int t = 0; t < 4; ++t) multiply<T>(sum[n][t], f.a[t][0], f.a[t][1], f.a[t][2], f.a[t][3], b.x, b.y);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const int row = n * 8 + 2 * q + odd;
+        if (row >= tile.rows || column >= unit.columns) continue;
+        float add[8];
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          add[2 * t] = sum[n][t][odd] * part.scale;
+          add[2 * t + 1] = sum[n][t][2 + odd] * part.scale;
+        }
+        *reinterpret_cast<uint4*>(y + row * a.ld_y) = sum8<T>(old[n][odd], add);
+      }
+    }
   }
 }
 

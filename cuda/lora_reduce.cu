@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kLoraThreads) reduce_kernel(ReduceArgs a) {
   const LoraGroup& group = a.call.groups[tile.group];
   if (kProduct != Product::backward && (group.dropout > 0) != (kProduct == Product::shrink_dropout)) return;
   __shared__ LoraSite site;
-  fetch_site(group.sites + a.call.site, site);
+  fetch_site(tile.sites + a.call.site, site);
   __syncthreads();
   const int chunk = static_cast<int>(blockIdx.y) % a.chunks, product = static_cast<int>(blockIdx.y) / a.chunks;
 
@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kLoraThreads) reduce_kernel(ReduceArgs a) {
   }
   if (r.rank_begin >= r.rank) return;
   r.p = static_cast<const uint16_t*>(a.p) + tile.row * a.ld_p + p_column;
-  reduce_k<T, MT, NT, kProduct == Product::shrink_dropout, kProduct == Product::backward, kFast>(r, cluster_rank, cluster_size, shared);
+  reduce_k<T, MT, NT, kProduct == Product::shrink_dropout, kProduct == Product::backward, kFast,
+           steps_ahead<MT, NT, kProduct == Product::shrink_dropout, kFast>()>(r, cluster_rank, cluster_size, shared);
 
   cluster.sync();
   T* s = static_cast<T*>(a.s) + tile.row * a.ld_s + s_column + r.rank_begin;

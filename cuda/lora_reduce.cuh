@@ -39,32 +39,46 @@ template <int MT, int NT, bool kDropout, bool kTransposed, bool kFast>
 __device__ inline void load_step(const Reduction& r, int k0, ReduceStep<MT, NT>& step) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const int k = k0 + 8 * q;
+  // Fast: no predicates. Rows and ranks past the end repeat the last one (their sums are not used), and past the end of k only P is made zero.
+  const bool whole = !kFast || k0 + 32 <= r.k;  // the same for the whole warp
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
-    const int row = n * 8 + g;
+    const int row = kFast ? min(n * 8 + g, r.rows - 1) : n * 8 + g;
     step.p[n] = {0, 0, 0, 0};
-    if (row < r.rows) {
-      step.p[n] = load8<kFast>(static_cast<const uint16_t*>(r.p) + row * r.ld_p, k, r.k);
-      if constexpr (kDropout) step.p[n] = masked(step.p[n], keep8(r.row_keys[row], r.stream, k, r.dropout));
-    }
+    if (!kFast && row >= r.rows) continue;
+    if (whole || k < r.k) step.p[n] = load8<kFast>(static_cast<const uint16_t*>(r.p) + row * r.ld_p, k, kFast ? k + 1 : r.k);
+    if constexpr (kDropout) step.p[n] = masked(step.p[n], keep8(r.row_keys[row], r.stream, k, r.dropout));
   }
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
     const int rank = r.rank_begin + m * 16;
     if constexpr (!kTransposed) {
       const uint16_t* a = static_cast<const uint16_t*>(r.q);
-      step.low[m] = step.high[m] = {0, 0, 0, 0};
-      if (rank + g < r.rank) step.low[m] = load8<kFast>(a + int64_t{rank + g} * r.k, k, r.k);
-      if (rank + g + 8 < r.rank) step.high[m] = load8<kFast>(a + int64_t{rank + g + 8} * r.k, k, r.k);
+      if constexpr (kFast) {
+        const int at = min(k, r.k - 8);
+        step.low[m] = load8<true>(a + int64_t{min(rank + g, r.rank - 1)} * r.k, at, at + 1);
+        step.high[m] = load8<true>(a + int64_t{min(rank + g + 8, r.rank - 1)} * r.k, at, at + 1);
+      } else {
+        step.low[m] = step.high[m] = {0, 0, 0, 0};
+        if (rank + g < r.rank) step.low[m] = load8<false>(a + int64_t{rank + g} * r.k, k, r.k);
+        if (rank + g + 8 < r.rank) step.high[m] = load8<false>(a + int64_t{rank + g + 8} * r.k, k, r.k);
+      }
     } else {
       // Row j of the block for word i is k0 + 8 (j / 2) + (j % 2) + 2 i, so that after the transposition lane q has k = 8q + 2i, 8q + 2i + 1.
       uint32_t low[4], high[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = k0 + 8 * (g / 2) + g % 2 + 2 * i;
-        const uint16_t* b = static_cast<const uint16_t*>(r.q) + int64_t{row} * r.rank;
-        low[i] = row < r.k ? load2<kFast>(b, rank + 2 * q, r.rank) : 0;
-        high[i] = row < r.k ? load2<kFast>(b, rank + 8 + 2 * q, r.rank) : 0;
+        if constexpr (kFast) {
+          const uint16_t* b = static_cast<const uint16_t*>(r.q) + int64_t{min(row, r.k - 1)} * r.rank;
+          const int c0 = min(rank + 2 * q, r.rank - 2), c1 = min(rank + 8 + 2 * q, r.rank - 2);
+          low[i] = load2<true>(b, c0, c0 + 1);
+          high[i] = load2<true>(b, c1, c1 + 1);
+        } else {
+          const uint16_t* b = static_cast<const uint16_t*>(r.q) + int64_t{row} * r.rank;
+          low[i] = row < r.k ? load2<false>(b, rank + 2 * q, r.rank) : 0;
+          high[i] = row < r.k ? load2<false>(b, rank + 8 + 2 * q, r.rank) : 0;
+        }
       }
       step.low[m] = {low[0], low[1], low[2], low[3]};
       step.high[m] = {high[0], high[1], high[2], high[3]};
@@ -92,12 +106,18 @@ __device__ inline void multiply_step(ReduceStep<MT, NT>& step, int n_tiles, floa
   }
 }
 
+// Steps whose loads are in flight together, as many as registers allow when nothing else is held.
+template <int MT, int NT, bool kDropout, bool kFast>
+__host__ __device__ constexpr int steps_ahead() {
+  if (!kFast) return 1;
+  if (NT <= 2) return MT * NT <= 2 ? 8 : MT * NT <= 4 ? 4 : 2;
+  return MT <= 3 && !kDropout ? 2 : 1;
+}
+
 // Sums the product over the cluster's share of k. Afterwards `shared` holds, in the first MT * NT * 128 floats of every block of the cluster, that
 // block's partial sums: element ((m * NT + n) * 4 + i) * 32 + lane of fragment c[i]. The caller synchronises the cluster before reading.
-template <class T, int MT, int NT, bool kDropout, bool kTransposed, bool kFast>
+template <class T, int MT, int NT, bool kDropout, bool kTransposed, bool kFast, int kAhead>
 __device__ inline void reduce_k(const Reduction& r, int cluster_rank, int cluster_size, float* shared) {
-  // Loads of several steps in flight, as many as registers allow.
-  constexpr int kAhead = !kFast ? 1 : NT <= 2 ? (MT * NT <= 4 ? 4 : 2) : MT <= 3 && !kDropout ? 2 : 1;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int n_tiles = (r.rows + 7) / 8;
   const int workers = kLoraWarps * cluster_size, worker = cluster_rank * kLoraWarps + warp;

@@ -11,6 +11,8 @@ namespace {
 
 constexpr int kBlockColumns = kLoraWarps * kSpreadColumns;
 
+constexpr int kStreamRows = 128;
+
 enum class Product { expand, fill, backward, backward_dropout };  // fill: expand that overwrites
 
 struct SpreadArgs {
@@ -29,7 +31,7 @@ __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
   constexpr bool kExpand = kProduct == Product::expand || kProduct == Product::fill;
   if (!kExpand && (group.dropout > 0) != (kProduct == Product::backward_dropout)) return;  // of the whole block
   __shared__ LoraSite site;
-  fetch_site(group.sites + a.call.site, site);
+  fetch_site(tile.sites + a.call.site, site);
   __syncthreads();
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
 
@@ -142,6 +144,111 @@ __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
   }
 }
 
+// The fast way for large groups: a block walks down 128 rows of its 512 columns, 16 at a time, with the next 16 rows of `y` and of S on their way and the
+// fragments of the first 16 ranks in registers (further ranks are read again, from L1).
+template <class T, Product kProduct>
+__global__ void __launch_bounds__(kLoraThreads, 2) stream_kernel(SpreadArgs a) {
+  constexpr bool kExpand = kProduct == Product::expand || kProduct == Product::fill;
+  constexpr bool kFill = kProduct == Product::fill;
+  constexpr int NT = 2;
+  const Tile tile = find_tile(a.call, kStreamRows, static_cast<int>(blockIdx.x));
+  if (tile.group < 0) return;
+  if (!kExpand && a.call.groups[tile.group].dropout > 0) return;  // of the whole block
+  __shared__ LoraSite site;
+  fetch_site(tile.sites + a.call.site, site);
+  __syncthreads();
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
+  int block = static_cast<int>(blockIdx.y), columns = static_cast<int>(a.call.in), y_column = 0, s_column = 0, part = 0, rank = 0;
+  const void* matrix = nullptr;
+  float scale = 1;
+  if constexpr (kExpand) {
+    columns = static_cast<int>(a.call.out[0]);
+    while (block >= (columns + kBlockColumns - 1) / kBlockColumns) {
+      block -= (columns + kBlockColumns - 1) / kBlockColumns;
+      y_column += columns;
+      s_column += site.part[part].rank;
+      columns = static_cast<int>(a.call.out[++part]);
+    }
+    matrix = site.part[part].b;
+    rank = site.part[part].rank;
+    scale = site.part[part].scale;
+  } else {
+    for (int p = 0; p < a.call.parts; ++p) {
+      if (matrix == nullptr && site.part[p].rank > 0) matrix = site.part[p].a;
+      rank += site.part[p].rank;
+    }
+  }
+  const int n0 = block * kBlockColumns + warp * kSpreadColumns, column = n0 + 8 * g;
+  if (n0 >= columns || (!kFill && rank == 0)) return;
+  T* y = static_cast<T*>(a.y) + tile.row * a.ld_y + y_column + column;
+  const T* s = static_cast<const T*>(a.s) + tile.row * a.ld_s + s_column;
+
+  SpreadFragments first = {};
+  if (rank > 0) load_spread<!kExpand, true>(matrix, columns, rank, n0, 0, first);
+  uint4 next[NT][2] = {};
+  uint2 s_next[NT];
+  const auto fetch = [&](int row0) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const int s_row = row0 + n * 8 + g;
+      s_next[n] = s_row < tile.rows ? load4<true>(s + s_row * a.ld_s, 4 * q, rank) : uint2{0, 0};
+      if constexpr (!kFill) {
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          const int row = row0 + n * 8 + 2 * q + odd;
+          if (row < tile.rows && column < columns) next[n][odd] = __ldcs(reinterpret_cast<const uint4*>(y + row * a.ld_y));
+        }
+      }
+    }
+  };
+  fetch(0);
+#pragma unroll 1
+  for (int row0 = 0; row0 < tile.rows; row0 += NT * 8) {
+    uint4 old[NT][2];
+    uint2 b[NT];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      old[n][0] = next[n][0];
+      old[n][1] = next[n][1];
+      b[n] = s_next[n];
+    }
+    fetch(row0 + NT * 8);
+    float sum[NT][4][4] = {};
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+      for (int t = 0; t < 4; ++t) multiply<T>(sum[n][t], first.a[t][0], first.a[t][1], first.a[t][2], first.a[t][3], b[n].x, b[n].y);
+    }
+#pragma unroll 1
+    for (int r = 16; r < rank; r += 16) {
+      SpreadFragments f;
+      load_spread<!kExpand, true>(matrix, columns, rank, n0, r, f);
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const int row = row0 + n * 8 + g;
+        const uint2 more = row < tile.rows ? load4<true>(s + row * a.ld_s, r + 4 * q, rank) : uint2{0, 0};
+#pragma unroll
+        for (int t = 0; t < 4; ++t) multiply<T>(sum[n][t], f.a[t][0], f.a[t][1], f.a[t][2], f.a[t][3], more.x, more.y);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const int row = row0 + n * 8 + 2 * q + odd;
+        if (row >= tile.rows || column >= columns) continue;
+        float add[8];
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          add[2 * t] = sum[n][t][odd] * scale;
+          add[2 * t + 1] = sum[n][t][2 + odd] * scale;
+        }
+        *reinterpret_cast<uint4*>(y + row * a.ld_y) = sum8<T>(kFill ? uint4{0, 0, 0, 0} : old[n][odd], add);
+      }
+    }
+  }
+}
+
 template <class T, class Y, int NT, Product kProduct, bool kFast>
 void launch_tiles(int64_t tiles, const SpreadArgs& args, int64_t blocks, cudaStream_t stream, std::source_location where) {
   Launch{dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(blocks)), dim3(kLoraThreads), 0, stream, 1, where}(
@@ -152,10 +259,18 @@ template <class T, class Y, Product kProduct>
 void launch_spread(const LoraGroups& groups, const SpreadArgs& args, int64_t blocks, bool fast, cudaStream_t stream,
                    std::source_location where = std::source_location::current()) {
   constexpr int kTiles = kProduct == Product::backward_dropout ? 2 : 4;  // of 8 rows; with dropout every part has sums of its own
+  constexpr bool kStreams = sizeof(Y) == 2 && kProduct != Product::backward_dropout;
   const TileCount eights = count_tiles(groups, 8);
-  if (!fast) launch_tiles<T, Y, 1, kProduct, false>(eights.tiles, args, blocks, stream, where);
-  else if (eights.largest <= 8) launch_tiles<T, Y, 1, kProduct, true>(eights.tiles, args, blocks, stream, where);
-  else launch_tiles<T, Y, kTiles, kProduct, true>(count_tiles(groups, kTiles * 8).tiles, args, blocks, stream, where);
+  if (!fast) {
+    launch_tiles<T, Y, 1, kProduct, false>(eights.tiles, args, blocks, stream, where);
+  } else if (eights.largest <= 8) {
+    launch_tiles<T, Y, 1, kProduct, true>(eights.tiles, args, blocks, stream, where);
+  } else if constexpr (kStreams) {
+    Launch{dim3(static_cast<unsigned>(count_tiles(groups, kStreamRows).tiles), static_cast<unsigned>(blocks)), dim3(kLoraThreads), 0, stream, 1,
+           where}(stream_kernel<T, kProduct>, args);
+  } else {
+    launch_tiles<T, Y, kTiles, kProduct, true>(count_tiles(groups, kTiles * 8).tiles, args, blocks, stream, where);
+  }
 }
 
 }  // namespace

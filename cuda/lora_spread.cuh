@@ -20,12 +20,24 @@ template <bool kTransposed, bool kFast>
 __device__ inline void load_spread(const void* q_matrix, int n_total, int rank, int n0, int r, SpreadFragments& f) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const uint16_t* m = static_cast<const uint16_t*>(q_matrix);
-  if constexpr (!kTransposed) {
+  if constexpr (!kTransposed && kFast) {
+    // No predicates: columns past the end repeat the last one (they are not stored), ranks past the end the last four (S is zero there).
+    const int column = min(r + 4 * q, rank - 4);
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const int n = min(n0 + 8 * g + 2 * t, n_total - 2);
+      const uint2 low = load4<true>(m + int64_t{n} * rank, column, column + 1), high = load4<true>(m + int64_t{n + 1} * rank, column, column + 1);
+      f.a[t][0] = low.x;
+      f.a[t][1] = high.x;
+      f.a[t][2] = low.y;
+      f.a[t][3] = high.y;
+    }
+  } else if constexpr (!kTransposed) {
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       const int n = n0 + 8 * g + 2 * t;
-      const uint2 low = n < n_total ? load4<kFast>(m + int64_t{n} * rank, r + 4 * q, rank) : uint2{0, 0};
-      const uint2 high = n + 1 < n_total ? load4<kFast>(m + int64_t{n + 1} * rank, r + 4 * q, rank) : uint2{0, 0};
+      const uint2 low = n < n_total ? load4<false>(m + int64_t{n} * rank, r + 4 * q, rank) : uint2{0, 0};
+      const uint2 high = n + 1 < n_total ? load4<false>(m + int64_t{n + 1} * rank, r + 4 * q, rank) : uint2{0, 0};
       f.a[t][0] = low.x;
       f.a[t][1] = high.x;
       f.a[t][2] = low.y;
