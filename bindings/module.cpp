@@ -10,5 +10,5 @@ PYBIND11_MODULE(_native, m) {
   bind_results(m);
   bind_engine(m);
   m.def("build_report", &loquetier::build_report, py::call_guard<py::gil_scoped_release>(),
-        "What this build can do: version, CPU features and BLAS, whether a CUDA library is built, found and usable.");
+        "What this build can do: version, CPU features, whether a CUDA library is built, found and usable.");
 }

@@ -66,8 +66,11 @@ engine = lq.Engine("model", device="cpu", max_batch_tokens=512, kv_cache_tokens=
 engine.add_adapter("support", "folder")
 engine.add_adapter("legal", lq.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", rank_pattern={"q_proj": 4}))
 request: int = engine.submit_infer([1, 2, 3], adapter="support", sampling=lq.SamplingParams(max_tokens=64, stop_token_ids=[7]))
-examples = [lq.Example([1, 2, 3], labels=[-100, 2, 3]), {"input_ids": [1, 2]}, [1, 2]]
-job: int = engine.submit_train("legal", examples, optimizer=lq.AdamW(1e-4))
+job: int = engine.submit_train(
+    "legal",
+    [lq.Example([1, 2, 3], labels=[-100, 2, 3]), {"input_ids": [1, 2]}, [1, 2]],
+    optimizer=lq.AdamW(1e-4),
+)
 engine.submit_eval(None, [[1, 2, 3]])
 while engine.has_work():
     result = engine.step()
