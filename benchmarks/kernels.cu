@@ -1,7 +1,9 @@
-// LoRA kernels of the CUDA backend beside the base products of one layer of an 8B Llama shape (H 4096, F 14336, 32 query and 8 key heads of 128).
+// LoRA kernels of the CUDA backend beside the base products of one layer of an 8B Llama shape (H 4096, F 14336, 32 query and 8 key
+// heads of 128).
 //   kernels [rank]                 prints a table and, as its last line, JSON
-// Method: CUDA graphs of several layers with weights of their own (so the L2 is cold), one without and one with adapters, replayed in turn; the LoRA
-// figure is the difference of the medians. Ceilings (copy bandwidth, a large product) are measured in the same run. Data is random.
+// Method: CUDA graphs of several layers with weights of their own (so the L2 is cold), one without and one with adapters, replayed
+// in turn; the LoRA figure is the difference of the medians. Ceilings (copy bandwidth, a large product) are measured in the same
+// run. Data is random.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -35,7 +37,8 @@ __global__ void fill_kernel(__nv_bfloat16* p, int64_t n, uint64_t seed, float sc
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
     z ^= z >> 31;
-    const float sum = static_cast<float>((z & 0xffff) + (z >> 16 & 0xffff) + (z >> 32 & 0xffff) + (z >> 48)) / 65536.0f - 2.0f;  // near normal
+    const float sum =
+        static_cast<float>((z & 0xffff) + (z >> 16 & 0xffff) + (z >> 32 & 0xffff) + (z >> 48)) / 65536.0f - 2.0f;  // near normal
     p[i] = __float2bfloat16(sum * scale);
   }
 }
@@ -106,7 +109,8 @@ class Bench {
 };
 
 constexpr int64_t kHidden = 4096, kFeed = 14336;
-const LoraLinear kLinears[4] = {{0, 3, kHidden, {4096, 1024, 1024}}, {1, 1, kHidden, {kHidden}}, {2, 2, kHidden, {kFeed, kFeed}}, {3, 1, kFeed, {kHidden}}};
+const LoraLinear kLinears[4] = {
+    {0, 3, kHidden, {4096, 1024, 1024}}, {1, 1, kHidden, {kHidden}}, {2, 2, kHidden, {kFeed, kFeed}}, {3, 1, kFeed, {kHidden}}};
 int64_t columns(const LoraLinear& l) { return l.out[0] + l.out[1] + l.out[2]; }
 
 // Adapters of every layer for one batch: consecutive runs of rows, one adapter each.
@@ -186,8 +190,10 @@ int main(int argc, char** argv) {
     add("copy_gbs", gbs);
   }
 
-  std::printf("%6s %9s | %9s %9s %7s | %9s %9s %9s\n", "rows", "adapters", "base us", "LoRA us", "%", "3 calls", "shrink", "expand");
-  const int cases[][3] = {{64, 1, 4}, {64, 8, 4}, {64, 64, 4}, {16, 16, 4}, {256, 8, 4}, {2048, 4, 2}, {8192, 1, 2}, {8192, 4, 2}, {8192, 16, 2}};
+  std::printf("%6s %9s | %9s %9s %7s | %9s %9s %9s\n", "rows", "adapters", "base us", "LoRA us", "%", "3 calls", "shrink",
+              "expand");
+  const int cases[][3] = {{64, 1, 4},   {64, 8, 4},   {64, 64, 4},  {16, 16, 4},  {256, 8, 4},
+                          {2048, 4, 2}, {8192, 1, 2}, {8192, 4, 2}, {8192, 16, 2}};
   for (const auto& c : cases) {
     const int64_t rows = c[0];
     const int adapters = c[1], layers = c[2];
@@ -198,7 +204,8 @@ int main(int argc, char** argv) {
     for (int l = 0; l < layers; ++l) {
       for (const LoraLinear& linear : kLinears) w.push_back(b.random(columns(linear), linear.in, 0.02f));
     }
-    const TensorView x = b.random(rows, kHidden), wide_x = b.random(rows, kFeed), y = b.random(rows, 2 * kFeed), s = b.random(rows, 3 * rank);
+    const TensorView x = b.random(rows, kHidden), wide_x = b.random(rows, kFeed), y = b.random(rows, 2 * kFeed),
+                     s = b.random(rows, 3 * rank);
     const auto each = [&](const std::function<void(const LoraLinear&, TensorView, TensorView, TensorView)>& f) {
       for (int l = 0; l < layers; ++l) {
         for (int i = 0; i < 4; ++i) {
@@ -208,9 +215,12 @@ int main(int argc, char** argv) {
       }
     };
     Ops& ops = *b.ops;
-    const auto base = b.capture([&] { each([&](const LoraLinear&, TensorView in, TensorView m, TensorView out) { ops.linear(in, m, {}, out); }); });
+    const auto base = b.capture(
+        [&] { each([&](const LoraLinear&, TensorView in, TensorView m, TensorView out) { ops.linear(in, m, {}, out); }); });
     const auto fused = b.capture([&] {
-      each([&](const LoraLinear& l, TensorView in, TensorView m, TensorView out) { ops.linear_lora(in, m, {}, l, batch.groups, s, out); });
+      each([&](const LoraLinear& l, TensorView in, TensorView m, TensorView out) {
+        ops.linear_lora(in, m, {}, l, batch.groups, s, out);
+      });
     });
     const auto three = b.capture([&] {
       each([&](const LoraLinear& l, TensorView in, TensorView m, TensorView out) {
@@ -219,21 +229,26 @@ int main(int argc, char** argv) {
         ops.lora_expand(l, batch.groups, s, out);
       });
     });
-    const auto shrink = b.capture([&] { each([&](const LoraLinear& l, TensorView in, TensorView, TensorView) { ops.lora_shrink(l, batch.groups, in, s); }); });
-    const auto expand = b.capture([&] { each([&](const LoraLinear& l, TensorView, TensorView, TensorView out) { ops.lora_expand(l, batch.groups, s, out); }); });
+    const auto shrink = b.capture([&] {
+      each([&](const LoraLinear& l, TensorView in, TensorView, TensorView) { ops.lora_shrink(l, batch.groups, in, s); });
+    });
+    const auto expand = b.capture([&] {
+      each([&](const LoraLinear& l, TensorView, TensorView, TensorView out) { ops.lora_expand(l, batch.groups, s, out); });
+    });
     std::vector<double> t = b.time({base, fused, three});
     const std::vector<double> alone = b.time({shrink, expand}, 50);
     for (double& v : t) v /= layers;
     const double lora = t[1] - t[0];
-    std::printf("%6lld %9d | %9.1f %9.1f %6.1f%% | %9.1f %9.1f %9.1f\n", static_cast<long long>(rows), adapters, t[0], lora, 100 * lora / t[0], t[2] - t[0],
-                alone[0] / layers, alone[1] / layers);
+    std::printf("%6lld %9d | %9.1f %9.1f %6.1f%% | %9.1f %9.1f %9.1f\n", static_cast<long long>(rows), adapters, t[0], lora,
+                100 * lora / t[0], t[2] - t[0], alone[0] / layers, alone[1] / layers);
     const std::string name = std::to_string(rows) + "x" + std::to_string(adapters);
     add("base_us_" + name, t[0]);
     add("lora_us_" + name, lora);
     add("three_calls_us_" + name, t[2] - t[0]);
   }
 
-  std::printf("backward, 8192 rows, us a layer\n%9s | %9s | %9s %9s %9s | %9s %6s\n", "adapters", "base dX", "ds", "dx", "dA, dB", "LoRA", "%");
+  std::printf("backward, 8192 rows, us a layer\n%9s | %9s | %9s %9s %9s | %9s %6s\n", "adapters", "base dX", "ds", "dx", "dA, dB",
+              "LoRA", "%");
   for (const int adapters : {1, 4, 16}) {
     const int64_t rows = 8192;
     const int layers = 2;
@@ -244,8 +259,8 @@ int main(int argc, char** argv) {
     for (int l = 0; l < layers; ++l) {
       for (const LoraLinear& linear : kLinears) w.push_back(b.random(columns(linear), linear.in, 0.02f));
     }
-    const TensorView x = b.random(rows, kFeed), dy = b.random(rows, 2 * kFeed), dx = b.random(rows, kFeed), s = b.random(rows, 3 * rank),
-                     ds = b.random(rows, 3 * rank);
+    const TensorView x = b.random(rows, kFeed), dy = b.random(rows, 2 * kFeed), dx = b.random(rows, kFeed),
+                     s = b.random(rows, 3 * rank), ds = b.random(rows, 3 * rank);
     Ops& ops = *b.ops;
     const auto each = [&](const std::function<void(const LoraLinear&, TensorView, TensorView, TensorView, TensorView)>& f) {
       for (int l = 0; l < layers; ++l) {
@@ -256,7 +271,9 @@ int main(int argc, char** argv) {
         }
       }
     };
-    const auto base = b.capture([&] { each([&](auto&, TensorView, TensorView m, TensorView g, TensorView out) { ops.linear_backward(g, m, out, false); }); });
+    const auto base = b.capture([&] {
+      each([&](auto&, TensorView, TensorView m, TensorView g, TensorView out) { ops.linear_backward(g, m, out, false); });
+    });
     const auto all = b.capture([&] {
       each([&](auto& l, TensorView in, TensorView m, TensorView g, TensorView out) {
         ops.lora_backward_s(l, batch.groups, g, ds);
@@ -265,14 +282,22 @@ int main(int argc, char** argv) {
         ops.lora_backward_x(l, batch.groups, ds, out);
       });
     });
-    const auto only_s = b.capture([&] { each([&](auto& l, TensorView, TensorView, TensorView g, TensorView) { ops.lora_backward_s(l, batch.groups, g, ds); }); });
-    const auto only_x = b.capture([&] { each([&](auto& l, TensorView, TensorView, TensorView, TensorView out) { ops.lora_backward_x(l, batch.groups, ds, out); }); });
-    const auto only_w =
-        b.capture([&] { each([&](auto& l, TensorView in, TensorView, TensorView g, TensorView) { ops.lora_backward_weights(l, batch.groups, in, s, g, ds); }); });
+    const auto only_s = b.capture([&] {
+      each([&](auto& l, TensorView, TensorView, TensorView g, TensorView) { ops.lora_backward_s(l, batch.groups, g, ds); });
+    });
+    const auto only_x = b.capture([&] {
+      each([&](auto& l, TensorView, TensorView, TensorView, TensorView out) { ops.lora_backward_x(l, batch.groups, ds, out); });
+    });
+    const auto only_w = b.capture([&] {
+      each([&](auto& l, TensorView in, TensorView, TensorView g, TensorView) {
+        ops.lora_backward_weights(l, batch.groups, in, s, g, ds);
+      });
+    });
     std::vector<double> t = b.time({base, all}), alone = b.time({only_s, only_x, only_w}, 60);
     for (double& v : t) v /= layers;
     for (double& v : alone) v /= layers;
-    std::printf("%9d | %9.1f | %9.1f %9.1f %9.1f | %9.1f %5.1f%%\n", adapters, t[0], alone[0], alone[1], alone[2], t[1] - t[0], 100 * (t[1] - t[0]) / t[0]);
+    std::printf("%9d | %9.1f | %9.1f %9.1f %9.1f | %9.1f %5.1f%%\n", adapters, t[0], alone[0], alone[1], alone[2], t[1] - t[0],
+                100 * (t[1] - t[0]) / t[0]);
     const std::string name = std::to_string(adapters);
     add("base_dx_us_" + name, t[0]);
     add("lora_backward_us_" + name, t[1] - t[0]);

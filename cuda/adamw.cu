@@ -1,5 +1,6 @@
-// Gradient norms and AdamW over all tensors of all jobs, each in one launch (the norm has a second, tiny one). A tensor is cut into chunks;
-// a block finds its tensor by walking the table, which is short (an adapter has two tensors). Sums are in double and in a fixed order.
+// Gradient norms and AdamW over all tensors of all jobs, each in one launch (the norm has a second, tiny one). A tensor is cut into
+// chunks; a block finds its tensor by walking the table, which is short (an adapter has two tensors). Sums are in double and in a
+// fixed order.
 #include <algorithm>
 
 #include "common.cuh"
@@ -69,7 +70,8 @@ __global__ void adamw_kernel(const AdamTensor* tensors, int count, int64_t chunk
     return;
   }
   const float clip = job.max_grad_norm > 0 ? fminf(1.0f, job.max_grad_norm / (total + 1e-6f)) : 1.0f;
-  const float decay = 1.0f - tensor.lr * job.weight_decay, step = tensor.lr / job.bias_correction1, root2 = sqrtf(job.bias_correction2);
+  const float decay = 1.0f - tensor.lr * job.weight_decay, step = tensor.lr / job.bias_correction1,
+              root2 = sqrtf(job.bias_correction2);
   T* weight = static_cast<T*>(tensor.weight);
   for (int64_t i = place.begin + threadIdx.x; i < place.end; i += kThreads) {
     const float g = tensor.grad[i] * clip;
@@ -93,8 +95,8 @@ Chunks chunks_of(const char* op, const AdamBatch& batch) {
   int64_t total = 0;
   for (int t = 0; t < batch.tensor_count; ++t) {
     const AdamTensor& tensor = batch.host_tensors[t];
-    require(tensor.n >= 0 && tensor.job >= 0 && tensor.job < batch.job_count, "[", op, "] tensor ", t, ": expected a size and a job of 0 .. ",
-            batch.job_count - 1, ", got n ", tensor.n, " and job ", tensor.job);
+    require(tensor.n >= 0 && tensor.job >= 0 && tensor.job < batch.job_count, "[", op, "] tensor ", t,
+            ": expected a size and a job of 0 .. ", batch.job_count - 1, ", got n ", tensor.n, " and job ", tensor.job);
     total += tensor.n;
   }
   const int64_t size = std::max(kChunk, ceil_div(total, kMaxPartials));
@@ -110,10 +112,10 @@ void CudaOps::grad_norm(const AdamBatch& batch, float* norm) {
   if (batch.job_count == 0) return;
   device_.use();
   double* partial = static_cast<double*>(norm_scratch_.get(static_cast<size_t>(chunks.count + 1) * sizeof(double)));
-  Launch{dim3(static_cast<unsigned>(chunks.count)), dim3(kThreads), 0, stream()}(square_sum_kernel, batch.tensors, batch.tensor_count,
-                                                                                chunks.size, partial);
+  Launch{dim3(static_cast<unsigned>(chunks.count)), dim3(kThreads), 0, stream()}(square_sum_kernel, batch.tensors,
+                                                                                 batch.tensor_count, chunks.size, partial);
   Launch{dim3(static_cast<unsigned>(batch.job_count)), dim3(kThreads), 0, stream()}(norm_kernel, batch.tensors, batch.tensor_count,
-                                                                                   chunks.size, partial, norm);
+                                                                                    chunks.size, partial, norm);
 }
 
 void CudaOps::adamw(const AdamBatch& batch, const float* norm) {
@@ -121,8 +123,8 @@ void CudaOps::adamw(const AdamBatch& batch, const float* norm) {
   if (chunks.count == 0) return;
   device_.use();
   dispatch_half(dtype_, [&]<class T>() {
-    Launch{dim3(static_cast<unsigned>(chunks.count)), dim3(kThreads), 0, stream()}(adamw_kernel<T>, batch.tensors, batch.tensor_count,
-                                                                                  chunks.size, batch.jobs, norm);
+    Launch{dim3(static_cast<unsigned>(chunks.count)), dim3(kThreads), 0, stream()}(
+        adamw_kernel<T>, batch.tensors, batch.tensor_count, chunks.size, batch.jobs, norm);
   });
 }
 

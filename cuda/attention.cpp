@@ -1,8 +1,11 @@
-// Attention: checks, the choice between cuDNN and the plain kernels, and cuDNN's plans (cudnn-frontend is included here only: it takes a minute).
+// Attention: checks, the choice between cuDNN and the plain kernels, and cuDNN's plans (cudnn-frontend is included here only: it
+// takes a minute).
 //
 // Facts the code rests on (measured on an H200 with cuDNN 9.19):
-// * Lengths, offsets and page tables are device tensors, so one plan serves every batch up to its bucket of sequences; empty sequences are fine.
-// * Decode rows have plans of their own with one query a sequence. A dense one writes every row of its bucket, so it runs only when the bucket is
+// * Lengths, offsets and page tables are device tensors, so one plan serves every batch up to its bucket of sequences; empty
+// sequences are fine.
+// * Decode rows have plans of their own with one query a sequence. A dense one writes every row of its bucket, so it runs only when
+// the bucket is
 //   full; otherwise a ragged one (8 % slower) leaves the rows past the last alone.
 // * A plan compiles at its first use: 0.4 - 1.4 s for the first of a kind in a process, 40 - 80 ms for the next.
 // * One-row sequences alone (max 1) are refused by the packed graphs; the plain kernels take them.
@@ -59,8 +62,8 @@ void load_cudnn() {
   const size_t version = fe::detail::get_backend_version();
   if (version < kMinCudnn) {
     fe::cudnn_dlhandle = nullptr;
-    throw DeviceError(concat("[cuda] cuDNN: expected version 9.19 or newer, got ", version / 10000, ".", version / 100 % 100, ".", version % 100,
-                             "; pip install \"loquetier-core[cuda]\""));
+    throw DeviceError(concat("[cuda] cuDNN: expected version 9.19 or newer, got ", version / 10000, ".", version / 100 % 100, ".",
+                             version % 100, "; pip install \"loquetier-core[cuda]\""));
   }
 }
 
@@ -75,7 +78,28 @@ int bucket_of(int n, bool decode) {
 }
 
 enum Uid : int64_t {
-  kQ = 1, kK, kV, kO, kStats, kDo, kDq, kDk, kDv, kSeqQ, kSeqKv, kTable, kTableV, kOffQ, kOffK, kOffV, kOffO, kOffStats, kOffDo, kOffDq, kOffDk, kOffDv
+  kQ = 1,
+  kK,
+  kV,
+  kO,
+  kStats,
+  kDo,
+  kDq,
+  kDk,
+  kDv,
+  kSeqQ,
+  kSeqKv,
+  kTable,
+  kTableV,
+  kOffQ,
+  kOffK,
+  kOffV,
+  kOffO,
+  kOffStats,
+  kOffDo,
+  kOffDq,
+  kOffDk,
+  kOffDv
 };
 
 struct PlanKey {
@@ -97,24 +121,28 @@ class CudnnPlans final : public AttentionPlans {
       : dtype_(dtype == DType::bf16 ? fe::DataType_t::BFLOAT16 : fe::DataType_t::HALF), deterministic_(deterministic) {
     load_cudnn();
     require<DeviceError>(fe::detail::create_handle(&handle_) == CUDNN_STATUS_SUCCESS, "[cuda] cuDNN does not start");
-    const auto set_stream = reinterpret_cast<cudnnStatus_t (*)(cudnnHandle_t, cudaStream_t)>(dlsym(fe::cudnn_dlhandle, "cudnnSetStream"));
-    require<DeviceError>(set_stream != nullptr && set_stream(handle_, device.stream()) == CUDNN_STATUS_SUCCESS, "[cuda] cudnnSetStream failed");
+    const auto set_stream =
+        reinterpret_cast<cudnnStatus_t (*)(cudnnHandle_t, cudaStream_t)>(dlsym(fe::cudnn_dlhandle, "cudnnSetStream"));
+    require<DeviceError>(set_stream != nullptr && set_stream(handle_, device.stream()) == CUDNN_STATUS_SUCCESS,
+                         "[cuda] cudnnSetStream failed");
   }
   ~CudnnPlans() override {
     plans_.clear();
     if (handle_ != nullptr) fe::detail::destroy_handle(handle_);
   }
 
-  bool takes_paged(TensorView q, const KvLayer& kv, const KvShape& kv_shape, const AttentionShape& shape, TensorView out) const override {
+  bool takes_paged(TensorView q, const KvLayer& kv, const KvShape& kv_shape, const AttentionShape& shape,
+                   TensorView out) const override {
     const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-    return takes(shape, {q, out}) && aligned(kv.k) && aligned(kv.v) && std::has_single_bit(static_cast<unsigned>(kv_shape.page_size));
+    return takes(shape, {q, out}) && aligned(kv.k) && aligned(kv.v) &&
+           std::has_single_bit(static_cast<unsigned>(kv_shape.page_size));
   }
   bool takes_packed(TensorView q, TensorView k, TensorView v, const AttentionShape& shape, TensorView out) const override {
     return takes(shape, {q, k, v, out});
   }
 
-  void paged(cudaStream_t stream, Scratch& scratch, TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, int32_t first,
-             int32_t count, const AttentionShape& shape, TensorView out) override {
+  void paged(cudaStream_t stream, Scratch& scratch, TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,
+             int32_t first, int32_t count, const AttentionShape& shape, TensorView out) override {
     int max_rows = 0;
     bool adjacent = true;
     for (int i = first; i < first + count; ++i) {
@@ -122,12 +150,13 @@ class CudnnPlans final : public AttentionPlans {
       adjacent = adjacent && batch.host_row_begin[i] == batch.host_row_begin[first] + (i - first);
     }
     const bool decode = max_rows == 1;
-    const int b = bucket_of(count, decode), pages = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::max(batch.max_pages, 1))));
+    const int b = bucket_of(count, decode),
+              pages = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::max(batch.max_pages, 1))));
     const bool dense = decode && adjacent && b == count;
     const int max_q = decode ? 1 : std::max(128, bucket_of(max_rows, false));
-    const PlanKey key = {{decode ? (dense ? PlanKey::decode_dense : PlanKey::decode_ragged) : PlanKey::chunk, b, max_q, pages, shape.q_heads,
-                          shape.kv_heads, shape.head_size, std::bit_cast<int32_t>(shape.scale), q.ld, out.ld, kv_shape.pages,
-                          kv_shape.page_size}};
+    const PlanKey key = {{decode ? (dense ? PlanKey::decode_dense : PlanKey::decode_ragged) : PlanKey::chunk, b, max_q, pages,
+                          shape.q_heads, shape.kv_heads, shape.head_size, std::bit_cast<int32_t>(shape.scale), q.ld, out.ld,
+                          kv_shape.pages, kv_shape.page_size}};
     const int64_t d = shape.head_size;
     AttentionPlan& plan = get(key, [&](fe::graph::Graph& graph) {
       const auto ragged = [&](Uid uid) { return dense ? nullptr : offset(graph, uid, b); };
@@ -215,8 +244,9 @@ class CudnnPlans final : public AttentionPlans {
     execute(plan, pack, scratch.get(0));
   }
 
-  void backward(cudaStream_t stream, Scratch& scratch, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dout,
-                const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk, TensorView dv) override {
+  void backward(cudaStream_t stream, Scratch& scratch, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
+                TensorView dout, const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk,
+                TensorView dv) override {
     // The deterministic algorithm's workspace grows with batch * max^2, so its plan is exact.
     const int b = deterministic_ ? batch.sequences : bucket_of(batch.sequences, false);
     const int max_rows = deterministic_ ? batch.max_rows : std::max(64, bucket_of(batch.max_rows, false));
@@ -247,14 +277,18 @@ class CudnnPlans final : public AttentionPlans {
       output(tdk, kDk, b, hk, max_rows, d, dk.ld, offset(graph, kOffDk, b));
       output(tdv, kDv, b, hk, max_rows, d, dv.ld, offset(graph, kOffDv, b));
     });
-    std::unordered_map<int64_t, void*> pack = {{kQ, q.data}, {kK, k.data}, {kV, v.data}, {kO, out.data}, {kStats, lse.data},
+    std::unordered_map<int64_t, void*> pack = {{kQ, q.data},     {kK, k.data},   {kV, v.data},   {kO, out.data}, {kStats, lse.data},
                                                {kDo, dout.data}, {kDq, dq.data}, {kDk, dk.data}, {kDv, dv.data}};
     RaggedTables tables = base_tables(batch.sequences, b, batch.q_begin, batch.q_rows, batch.kv_begin, batch.kv_rows);
     carve(tables, scratch, plan, 0);
     // Tensors with the same distance between rows share a table of offsets.
-    const struct { Uid uid; int64_t ld; bool of_kv; } all[] = {{kOffQ, q.ld, false}, {kOffK, k.ld, true}, {kOffV, v.ld, true},
-                                                              {kOffO, out.ld, false}, {kOffStats, lse.ld, false}, {kOffDo, dout.ld, false},
-                                                              {kOffDq, dq.ld, false}, {kOffDk, dk.ld, true}, {kOffDv, dv.ld, true}};
+    const struct {
+      Uid uid;
+      int64_t ld;
+      bool of_kv;
+    } all[] = {{kOffQ, q.ld, false},   {kOffK, k.ld, true},        {kOffV, v.ld, true},
+               {kOffO, out.ld, false}, {kOffStats, lse.ld, false}, {kOffDo, dout.ld, false},
+               {kOffDq, dq.ld, false}, {kOffDk, dk.ld, true},      {kOffDv, dv.ld, true}};
     for (const auto& item : all) add_offset(tables, pack, item.uid, item.ld, item.of_kv);
     pack[kSeqQ] = tables.q_len;
     pack[kSeqKv] = tables.kv_len;
@@ -276,7 +310,9 @@ class CudnnPlans final : public AttentionPlans {
     const auto found = plans_.find(key);
     if (found != plans_.end()) return *found->second;
     auto plan = std::make_unique<AttentionPlan>();
-    plan->graph.set_io_data_type(dtype_).set_intermediate_data_type(fe::DataType_t::FLOAT).set_compute_data_type(fe::DataType_t::FLOAT);
+    plan->graph.set_io_data_type(dtype_)
+        .set_intermediate_data_type(fe::DataType_t::FLOAT)
+        .set_compute_data_type(fe::DataType_t::FLOAT);
     build(plan->graph);
     check(plan->graph.build(handle_, {fe::HeurMode_t::A}), "building a plan");
     check(plan->graph.get_workspace_size(plan->workspace), "workspace size");
@@ -319,7 +355,11 @@ class CudnnPlans final : public AttentionPlans {
         .set_ragged_offset(ragged);
   }
   static void output_stats(const Tensor& t, int b, int heads, int rows, int64_t ld, Tensor ragged) {
-    t->set_output(true).set_uid(kStats).set_dim({b, heads, rows, 1}).set_stride({rows * ld, 1, ld, 1}).set_data_type(fe::DataType_t::FLOAT);
+    t->set_output(true)
+        .set_uid(kStats)
+        .set_dim({b, heads, rows, 1})
+        .set_stride({rows * ld, 1, ld, 1})
+        .set_data_type(fe::DataType_t::FLOAT);
     t->set_ragged_offset(ragged);
   }
 
@@ -338,7 +378,9 @@ class CudnnPlans final : public AttentionPlans {
   static std::byte* carve(RaggedTables& tables, Scratch& scratch, const AttentionPlan& plan, int64_t extra) {
     const size_t workspace = (static_cast<size_t>(plan.workspace) + 255) / 256 * 256;
     const size_t table = (static_cast<size_t>(tables.batch) + 1 + 63) / 64 * 64 * sizeof(int32_t);
-    std::byte* at = static_cast<std::byte*>(scratch.get(workspace + table * (2 + RaggedTables::kOffsets) + static_cast<size_t>(extra) * 4)) + workspace;
+    std::byte* at =
+        static_cast<std::byte*>(scratch.get(workspace + table * (2 + RaggedTables::kOffsets) + static_cast<size_t>(extra) * 4)) +
+        workspace;
     const auto take = [&] {
       int32_t* p = reinterpret_cast<int32_t*>(at);
       at += table;
@@ -370,7 +412,8 @@ class CudnnPlans final : public AttentionPlans {
 void check_shape(const char* op, const AttentionShape& shape) {
   require(shape.q_heads > 0 && shape.kv_heads > 0 && shape.q_heads % shape.kv_heads == 0, "[", op,
           "] shape: expected q_heads a multiple of kv_heads, got ", shape.q_heads, " and ", shape.kv_heads);
-  require(shape.head_size > 0 && shape.head_size <= 256, "[", op, "] shape: expected a head size of 1 .. 256, got ", shape.head_size);
+  require(shape.head_size > 0 && shape.head_size <= 256, "[", op, "] shape: expected a head size of 1 .. 256, got ",
+          shape.head_size);
 }
 
 }  // namespace
@@ -379,21 +422,23 @@ std::unique_ptr<AttentionPlans> AttentionPlans::make(CudaDevice& device, DType d
   return std::make_unique<CudnnPlans>(device, dtype, deterministic);
 }
 
-void CudaOps::attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, const AttentionShape& shape,
-                              TensorView out) {
+void CudaOps::attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,
+                              const AttentionShape& shape, TensorView out) {
   check_shape("attention_paged", shape);
   const int64_t cols = int64_t{shape.q_heads} * shape.head_size;
   expect("attention_paged", "q", q, dtype_, -1, cols);
   expect("attention_paged", "out", out, dtype_, q.rows, cols);
   require(kv_shape.kv_heads == shape.kv_heads && kv_shape.head_size == shape.head_size, "[attention_paged] kv: expected pages of ",
           shape.kv_heads, " heads of ", shape.head_size, ", got ", kv_shape.kv_heads, " of ", kv_shape.head_size);
-  require(batch.decodes >= 0 && batch.decodes <= batch.sequences, "[attention_paged] decodes: expected 0 .. ", batch.sequences, ", got ",
-          batch.decodes);
+  require(batch.decodes >= 0 && batch.decodes <= batch.sequences, "[attention_paged] decodes: expected 0 .. ", batch.sequences,
+          ", got ", batch.decodes);
   for (int i = 0; i < batch.sequences; ++i) {
     const int64_t begin = batch.host_row_begin[i], rows = batch.host_rows[i], keys = batch.host_kv_len[i];
-    require(begin >= 0 && rows >= 0 && begin + rows <= q.rows && rows <= keys && keys <= int64_t{batch.max_pages} * kv_shape.page_size,
-            "[attention_paged] sequence ", i, ": expected rows inside [0, ", q.rows, ") and rows <= keys <= ",
-            int64_t{batch.max_pages} * kv_shape.page_size, ", got rows ", begin, " + ", rows, " and ", keys, " keys");
+    require(
+        begin >= 0 && rows >= 0 && begin + rows <= q.rows && rows <= keys && keys <= int64_t{batch.max_pages} * kv_shape.page_size,
+        "[attention_paged] sequence ", i, ": expected rows inside [0, ", q.rows,
+        ") and rows <= keys <= ", int64_t{batch.max_pages} * kv_shape.page_size, ", got rows ", begin, " + ", rows, " and ", keys,
+        " keys");
   }
   if (batch.sequences == 0 || q.rows == 0) return;
   device_.use();
@@ -403,11 +448,12 @@ void CudaOps::attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape,
   }
   const int32_t chunks = batch.sequences - batch.decodes;
   if (chunks > 0) attention_plans_->paged(stream(), attention_scratch_, q, kv, kv_shape, batch, 0, chunks, shape, out);
-  if (batch.decodes > 0) attention_plans_->paged(stream(), attention_scratch_, q, kv, kv_shape, batch, chunks, batch.decodes, shape, out);
+  if (batch.decodes > 0)
+    attention_plans_->paged(stream(), attention_scratch_, q, kv, kv_shape, batch, chunks, batch.decodes, shape, out);
 }
 
-void CudaOps::attention_packed(TensorView q, TensorView k, TensorView v, const PackedBatch& batch, const AttentionShape& shape, TensorView out,
-                               TensorView lse) {
+void CudaOps::attention_packed(TensorView q, TensorView k, TensorView v, const PackedBatch& batch, const AttentionShape& shape,
+                               TensorView out, TensorView lse) {
   check_shape("attention_packed", shape);
   const int64_t cols = int64_t{shape.q_heads} * shape.head_size, kv_cols = int64_t{shape.kv_heads} * shape.head_size;
   expect("attention_packed", "q", q, dtype_, -1, cols);
@@ -416,10 +462,12 @@ void CudaOps::attention_packed(TensorView q, TensorView k, TensorView v, const P
   expect("attention_packed", "out", out, dtype_, q.rows, cols);
   if (lse.data != nullptr) expect("attention_packed", "lse", lse, DType::f32, q.rows, shape.q_heads);
   for (int i = 0; i < batch.sequences; ++i) {
-    const int64_t begin = batch.host_q_begin[i], rows = batch.host_q_rows[i], first = batch.host_kv_begin[i], keys = batch.host_kv_rows[i];
-    require(begin >= 0 && rows >= 0 && begin + rows <= q.rows && first >= 0 && rows <= keys && first + keys <= k.rows && keys <= batch.max_rows,
-            "[attention_packed] sequence ", i, ": expected rows inside [0, ", q.rows, "), keys inside [0, ", k.rows, ") and rows <= keys <= ",
-            batch.max_rows, ", got rows ", begin, " + ", rows, " and keys ", first, " + ", keys);
+    const int64_t begin = batch.host_q_begin[i], rows = batch.host_q_rows[i], first = batch.host_kv_begin[i],
+                  keys = batch.host_kv_rows[i];
+    require(begin >= 0 && rows >= 0 && begin + rows <= q.rows && first >= 0 && rows <= keys && first + keys <= k.rows &&
+                keys <= batch.max_rows,
+            "[attention_packed] sequence ", i, ": expected rows inside [0, ", q.rows, "), keys inside [0, ", k.rows,
+            ") and rows <= keys <= ", batch.max_rows, ", got rows ", begin, " + ", rows, " and keys ", first, " + ", keys);
   }
   if (batch.sequences == 0 || q.rows == 0) return;
   device_.use();
@@ -431,7 +479,8 @@ void CudaOps::attention_packed(TensorView q, TensorView k, TensorView v, const P
 }
 
 void CudaOps::attention_backward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dout,
-                                 const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk, TensorView dv) {
+                                 const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk,
+                                 TensorView dv) {
   check_shape("attention_backward", shape);
   const int64_t cols = int64_t{shape.q_heads} * shape.head_size, kv_cols = int64_t{shape.kv_heads} * shape.head_size;
   expect("attention_backward", "q", q, dtype_, -1, cols);
@@ -444,15 +493,17 @@ void CudaOps::attention_backward(TensorView q, TensorView k, TensorView v, Tenso
   expect("attention_backward", "dk", dk, dtype_, q.rows, kv_cols);
   expect("attention_backward", "dv", dv, dtype_, q.rows, kv_cols);
   for (int i = 0; i < batch.sequences; ++i) {
-    require(batch.host_q_begin[i] == batch.host_kv_begin[i] && batch.host_q_rows[i] == batch.host_kv_rows[i] && batch.host_q_begin[i] >= 0 &&
-                int64_t{batch.host_q_begin[i]} + batch.host_q_rows[i] <= q.rows && batch.host_q_rows[i] <= batch.max_rows,
+    require(batch.host_q_begin[i] == batch.host_kv_begin[i] && batch.host_q_rows[i] == batch.host_kv_rows[i] &&
+                batch.host_q_begin[i] >= 0 && int64_t{batch.host_q_begin[i]} + batch.host_q_rows[i] <= q.rows &&
+                batch.host_q_rows[i] <= batch.max_rows,
             "[attention_backward] sequence ", i, ": expected a whole sequence inside [0, ", q.rows, ") of at most ", batch.max_rows,
             " rows, got rows ", batch.host_q_begin[i], " + ", batch.host_q_rows[i], " and keys ", batch.host_kv_begin[i], " + ",
             batch.host_kv_rows[i]);
   }
   if (batch.sequences == 0 || q.rows == 0) return;
   device_.use();
-  const bool cudnn = batch.max_rows > 1 && attention_plans_->takes_packed(q, k, v, shape, out) && attention_plans_->takes_packed(dq, dk, dv, shape, dout);
+  const bool cudnn = batch.max_rows > 1 && attention_plans_->takes_packed(q, k, v, shape, out) &&
+                     attention_plans_->takes_packed(dq, dk, dv, shape, dout);
   if (cudnn) {
     attention_plans_->backward(stream(), attention_scratch_, q, k, v, out, lse, dout, batch, shape, dq, dk, dv);
   } else {

@@ -1,5 +1,6 @@
-// Attention by plain kernels: forward a warp per (row, q head), backward a warp per (row, q head) for dq and per (key row, kv head) for dk and dv.
-// No shape is refused and every sum has a fixed order. cuDNN (attention.cpp) is the fast way; this is the reference and the deterministic one.
+// Attention by plain kernels: forward a warp per (row, q head), backward a warp per (row, q head) for dq and per (key row, kv head)
+// for dk and dv. No shape is refused and every sum has a fixed order. cuDNN (attention.cpp) is the fast way; this is the reference
+// and the deterministic one.
 #include "attention_plain.h"
 
 #include "common.cuh"
@@ -104,8 +105,14 @@ __global__ void forward_kernel(ForwardArgs<T> a) {
   if (sequence < 0) return;
   const int kv_head = head / (a.shape.q_heads / a.shape.kv_heads);
   const int64_t first = a.kv_begin != nullptr ? a.kv_begin[sequence] : 0;
-  const Keys<T> keys = {a.k + first * a.ld_k, a.v + first * a.ld_v, a.ld_k, a.ld_v,
-                        a.page_table != nullptr ? a.page_table + int64_t{sequence} * a.max_pages : nullptr, a.page_size, a.shape.kv_heads, size};
+  const Keys<T> keys = {a.k + first * a.ld_k,
+                        a.v + first * a.ld_v,
+                        a.ld_k,
+                        a.ld_v,
+                        a.page_table != nullptr ? a.page_table + int64_t{sequence} * a.max_pages : nullptr,
+                        a.page_size,
+                        a.shape.kv_heads,
+                        size};
   const int64_t visible = a.kv_rows[sequence] - (a.q_rows[sequence] - 1 - (row - a.q_begin[sequence]));
 
   float q[kMaxPerLane], sum[kMaxPerLane] = {};
@@ -254,12 +261,28 @@ Launch warps(int64_t items, cudaStream_t stream, std::source_location where = st
 
 }  // namespace
 
-void plain_attention_paged(cudaStream_t stream, DType dtype, TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,
-                           const AttentionShape& shape, TensorView out) {
+void plain_attention_paged(cudaStream_t stream, DType dtype, TensorView q, KvLayer kv, const KvShape& kv_shape,
+                           const PagedBatch& batch, const AttentionShape& shape, TensorView out) {
   dispatch_half(dtype, [&]<class T>() {
-    const ForwardArgs<T> args = {static_cast<const T*>(q.data), q.ld, static_cast<T*>(out.data), out.ld, nullptr, 0,
-                                 static_cast<const T*>(kv.k), static_cast<const T*>(kv.v), 0, 0, batch.row_begin, batch.rows, nullptr,
-                                 batch.kv_len, batch.page_table, batch.max_pages, kv_shape.page_size, batch.sequences, q.rows,
+    const ForwardArgs<T> args = {static_cast<const T*>(q.data),
+                                 q.ld,
+                                 static_cast<T*>(out.data),
+                                 out.ld,
+                                 nullptr,
+                                 0,
+                                 static_cast<const T*>(kv.k),
+                                 static_cast<const T*>(kv.v),
+                                 0,
+                                 0,
+                                 batch.row_begin,
+                                 batch.rows,
+                                 nullptr,
+                                 batch.kv_len,
+                                 batch.page_table,
+                                 batch.max_pages,
+                                 kv_shape.page_size,
+                                 batch.sequences,
+                                 q.rows,
                                  shape_of(shape)};
     warps(q.rows * shape.q_heads, stream)(forward_kernel<T>, args);
   });
@@ -268,21 +291,56 @@ void plain_attention_paged(cudaStream_t stream, DType dtype, TensorView q, KvLay
 void plain_attention_packed(cudaStream_t stream, DType dtype, TensorView q, TensorView k, TensorView v, const PackedBatch& batch,
                             const AttentionShape& shape, TensorView out, TensorView lse) {
   dispatch_half(dtype, [&]<class T>() {
-    const ForwardArgs<T> args = {static_cast<const T*>(q.data), q.ld, static_cast<T*>(out.data), out.ld, static_cast<float*>(lse.data), lse.ld,
-                                 static_cast<const T*>(k.data), static_cast<const T*>(v.data), k.ld, v.ld, batch.q_begin, batch.q_rows,
-                                 batch.kv_begin, batch.kv_rows, nullptr, 0, 1, batch.sequences, q.rows, shape_of(shape)};
+    const ForwardArgs<T> args = {static_cast<const T*>(q.data),
+                                 q.ld,
+                                 static_cast<T*>(out.data),
+                                 out.ld,
+                                 static_cast<float*>(lse.data),
+                                 lse.ld,
+                                 static_cast<const T*>(k.data),
+                                 static_cast<const T*>(v.data),
+                                 k.ld,
+                                 v.ld,
+                                 batch.q_begin,
+                                 batch.q_rows,
+                                 batch.kv_begin,
+                                 batch.kv_rows,
+                                 nullptr,
+                                 0,
+                                 1,
+                                 batch.sequences,
+                                 q.rows,
+                                 shape_of(shape)};
     warps(q.rows * shape.q_heads, stream)(forward_kernel<T>, args);
   });
 }
 
-void plain_attention_backward(cudaStream_t stream, DType dtype, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
-                              TensorView dout, const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk,
-                              TensorView dv) {
+void plain_attention_backward(cudaStream_t stream, DType dtype, TensorView q, TensorView k, TensorView v, TensorView out,
+                              TensorView lse, TensorView dout, const PackedBatch& batch, const AttentionShape& shape, TensorView dq,
+                              TensorView dk, TensorView dv) {
   dispatch_half(dtype, [&]<class T>() {
-    const BackwardArgs<T> args = {static_cast<const T*>(q.data), static_cast<const T*>(k.data), static_cast<const T*>(v.data),
-                                  static_cast<const T*>(out.data), static_cast<const float*>(lse.data), static_cast<const T*>(dout.data),
-                                  static_cast<T*>(dq.data), static_cast<T*>(dk.data), static_cast<T*>(dv.data), q.ld, k.ld, v.ld, out.ld,
-                                  lse.ld, dout.ld, dq.ld, dk.ld, dv.ld, batch.q_begin, batch.q_rows, batch.sequences, q.rows,
+    const BackwardArgs<T> args = {static_cast<const T*>(q.data),
+                                  static_cast<const T*>(k.data),
+                                  static_cast<const T*>(v.data),
+                                  static_cast<const T*>(out.data),
+                                  static_cast<const float*>(lse.data),
+                                  static_cast<const T*>(dout.data),
+                                  static_cast<T*>(dq.data),
+                                  static_cast<T*>(dk.data),
+                                  static_cast<T*>(dv.data),
+                                  q.ld,
+                                  k.ld,
+                                  v.ld,
+                                  out.ld,
+                                  lse.ld,
+                                  dout.ld,
+                                  dq.ld,
+                                  dk.ld,
+                                  dv.ld,
+                                  batch.q_begin,
+                                  batch.q_rows,
+                                  batch.sequences,
+                                  q.rows,
                                   shape_of(shape)};
     warps(q.rows * shape.q_heads, stream)(backward_q_kernel<T>, args);
     warps(k.rows * shape.kv_heads, stream)(backward_kv_kernel<T>, args);

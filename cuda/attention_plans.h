@@ -21,17 +21,18 @@ class AttentionPlans {
   static std::unique_ptr<AttentionPlans> make(CudaDevice& device, DType dtype, bool deterministic);
 
   // Whether cuDNN can take it (head size, alignment, page size); if not, the plain kernels do.
-  virtual bool takes_paged(TensorView q, const KvLayer& kv, const KvShape& kv_shape, const AttentionShape& shape, TensorView out) const = 0;
+  virtual bool takes_paged(TensorView q, const KvLayer& kv, const KvShape& kv_shape, const AttentionShape& shape,
+                           TensorView out) const = 0;
   virtual bool takes_packed(TensorView q, TensorView k, TensorView v, const AttentionShape& shape, TensorView out) const = 0;
 
   // Sequences [first, first + count) of the batch.
-  virtual void paged(cudaStream_t stream, Scratch& scratch, TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,
-                     int32_t first, int32_t count, const AttentionShape& shape, TensorView out) = 0;
+  virtual void paged(cudaStream_t stream, Scratch& scratch, TensorView q, KvLayer kv, const KvShape& kv_shape,
+                     const PagedBatch& batch, int32_t first, int32_t count, const AttentionShape& shape, TensorView out) = 0;
   virtual void packed(cudaStream_t stream, Scratch& scratch, TensorView q, TensorView k, TensorView v, const PackedBatch& batch,
                       const AttentionShape& shape, TensorView out, TensorView lse) = 0;
-  virtual void backward(cudaStream_t stream, Scratch& scratch, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
-                        TensorView dout, const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk,
-                        TensorView dv) = 0;
+  virtual void backward(cudaStream_t stream, Scratch& scratch, TensorView q, TensorView k, TensorView v, TensorView out,
+                        TensorView lse, TensorView dout, const PackedBatch& batch, const AttentionShape& shape, TensorView dq,
+                        TensorView dk, TensorView dv) = 0;
 };
 
 }  // namespace loquetier::cuda

@@ -86,11 +86,17 @@ __device__ inline float to_float(float x) { return x; }
 template <class T>
 __device__ T from_float(float x);
 template <>
-__device__ inline bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+__device__ inline bf16 from_float<bf16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <>
-__device__ inline f16 from_float<f16>(float x) { return __float2half_rn(x); }
+__device__ inline f16 from_float<f16>(float x) {
+  return __float2half_rn(x);
+}
 template <>
-__device__ inline float from_float<float>(float x) { return x; }
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
 
 // N elements moved at once; N * sizeof(T) is at most 16 and the address is aligned to it.
 template <class T, int N>
@@ -99,9 +105,13 @@ struct alignas(sizeof(T) * N) Pack {
 };
 
 template <class T, int N>
-__device__ inline Pack<T, N> load_pack(const T* p) { return *reinterpret_cast<const Pack<T, N>*>(p); }
+__device__ inline Pack<T, N> load_pack(const T* p) {
+  return *reinterpret_cast<const Pack<T, N>*>(p);
+}
 template <class T, int N>
-__device__ inline void store_pack(T* p, const Pack<T, N>& pack) { *reinterpret_cast<Pack<T, N>*>(p) = pack; }
+__device__ inline void store_pack(T* p, const Pack<T, N>& pack) {
+  *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
 
 // ---------------------------------------------------------------- reductions, in a fixed order
 

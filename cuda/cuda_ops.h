@@ -1,8 +1,9 @@
-// The CUDA backend's class. Each topic has its own file: device.cpp, cuda_ops.cpp (construction), linear.cpp, elementwise.cu, norm.cu,
-// rope.cu, lora_*.cu, attention.cpp (cuDNN) and attention_plain.cu (any shape), loss.cu, sampling.cu, adamw.cu.
+// The CUDA backend's class. Each topic has its own file: device.cpp, cuda_ops.cpp (construction), linear.cpp, elementwise.cu,
+// norm.cu, rope.cu, lora_*.cu, attention.cpp (cuDNN) and attention_plain.cu (any shape), loss.cu, sampling.cu, adamw.cu.
 //
-// Every op runs on one stream, allocates nothing and waits for nothing, so it can be captured in a CUDA graph. Two things are made at first
-// use, outside of any capture: attention plans (cuDNN compiles them) and scratch that a larger problem than any before needs.
+// Every op runs on one stream, allocates nothing and waits for nothing, so it can be captured in a CUDA graph. Two things are made
+// at first use, outside of any capture: attention plans (cuDNN compiles them) and scratch that a larger problem than any before
+// needs.
 #pragma once
 
 #include <cublasLt.h>
@@ -104,15 +105,16 @@ class CudaOps final : public Ops {
   void rope_table(const int32_t* positions, const float* inv_freq, float attention_factor, TensorView cos_sin) override;
   void rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
             TensorView raw, const int32_t* kv_slots, KvLayer kv, const KvShape& kv_shape) override;
-  void rope_backward(TensorView dqkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
-                     TensorView raw) override;
+  void rope_backward(TensorView dqkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm,
+                     float eps, TensorView raw) override;
 
   void attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, const AttentionShape& shape,
                        TensorView out) override;
-  void attention_packed(TensorView q, TensorView k, TensorView v, const PackedBatch& batch, const AttentionShape& shape, TensorView out,
-                        TensorView lse) override;
+  void attention_packed(TensorView q, TensorView k, TensorView v, const PackedBatch& batch, const AttentionShape& shape,
+                        TensorView out, TensorView lse) override;
   void attention_backward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dout,
-                          const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk, TensorView dv) override;
+                          const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk,
+                          TensorView dv) override;
 
   void swiglu(TensorView gate_up, TensorView y) override;
   void swiglu_backward(TensorView gate_up, TensorView dy, TensorView dgate_up) override;
@@ -125,6 +127,7 @@ class CudaOps final : public Ops {
   void adamw(const AdamBatch& batch, const float* norm) override;
 
  private:
+  void shrink_on(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s);
   // Shrink and expand in one launch when every group is small (lora_decode.cu); false: not such a batch, nothing was done.
   bool lora_small(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView y);
   // Expand that overwrites: y = scale * s B^T, zero where a row or part has no adapter (lora_spread.cu).
@@ -139,11 +142,16 @@ class CudaOps final : public Ops {
   cublasLtHandle_t blas_ = nullptr;
   Buffer blas_workspace_;
   std::unordered_map<LinearKey, cublasLtMatmulAlgo_t, LinearKeyHash> linear_algorithms_;
-  Scratch sample_scratch_;   // logits of tokens that bias or penalties change
-  Scratch norm_scratch_;     // partial sums of gradient norms
-  Scratch lora_scratch_;     // partial sums of dA, dB
+  Scratch sample_scratch_;  // logits of tokens that bias or penalties change
+  Scratch norm_scratch_;    // partial sums of gradient norms
+  Scratch lora_scratch_;    // partial sums of dA, dB
   Scratch attention_scratch_;
   std::unique_ptr<AttentionPlans> attention_plans_;
+  // A branch beside the main stream: shrink runs on it while the base product runs.
+  struct Branch {
+    cudaStream_t stream = nullptr;
+    cudaEvent_t fork = nullptr, join = nullptr;
+  } branch_;
 };
 
 }  // namespace loquetier::cuda

@@ -33,15 +33,18 @@ class CurrentDevice {
 }  // namespace
 
 void check(cudaError_t status, const char* call, std::source_location where) {
-  if (status == cudaSuccess) [[likely]] return;
+  if (status == cudaSuccess) [[likely]]
+    return;
   (void)cudaGetLastError();  // so that a later, unrelated call does not report this one again
-  const std::string text = concat("[cuda] ", call, " at ", place(where), ": ", cudaGetErrorName(status), ": ", cudaGetErrorString(status));
+  const std::string text =
+      concat("[cuda] ", call, " at ", place(where), ": ", cudaGetErrorName(status), ": ", cudaGetErrorString(status));
   if (status == cudaErrorMemoryAllocation) throw OutOfMemory(text);
   throw DeviceError(text);
 }
 
 void check(cublasStatus_t status, const char* call, std::source_location where) {
-  if (status == CUBLAS_STATUS_SUCCESS) [[likely]] return;
+  if (status == CUBLAS_STATUS_SUCCESS) [[likely]]
+    return;
   throw DeviceError(concat("[cuda] ", call, " at ", place(where), ": ", cublasLtGetStatusName(status)));
 }
 
@@ -53,9 +56,10 @@ void check_launch(cudaStream_t stream, std::source_location where) {
 void expect(const char* op, const char* tensor, const TensorView& view, DType dtype, int64_t rows, int64_t cols) {
   const auto size = [](int64_t n) { return n < 0 ? std::string("any") : std::to_string(n); };
   require(view.dtype == dtype, "[", op, "] ", tensor, ": expected ", name_of(dtype), ", got ", name_of(view.dtype));
-  require((rows < 0 || view.rows == rows) && (cols < 0 || view.cols == cols), "[", op, "] ", tensor, ": expected [", size(rows), ", ", size(cols),
-          "], got [", view.rows, ", ", view.cols, "]");
-  require(view.ld >= view.cols || view.rows <= 1, "[", op, "] ", tensor, ": expected a leading dimension of at least ", view.cols, ", got ", view.ld);
+  require((rows < 0 || view.rows == rows) && (cols < 0 || view.cols == cols), "[", op, "] ", tensor, ": expected [", size(rows),
+          ", ", size(cols), "], got [", view.rows, ", ", view.cols, "]");
+  require(view.ld >= view.cols || view.rows <= 1, "[", op, "] ", tensor, ": expected a leading dimension of at least ", view.cols,
+          ", got ", view.ld);
   require(view.data != nullptr || view.size() == 0, "[", op, "] ", tensor, ": expected data, got a null pointer");
 }
 

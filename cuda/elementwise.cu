@@ -1,4 +1,5 @@
-// Row moves, sums, conversion and SwiGLU. All are bandwidth-bound: a thread moves 16 bytes where rows allow it, one element otherwise.
+// Row moves, sums, conversion and SwiGLU. All are bandwidth-bound: a thread moves 16 bytes where rows allow it, one element
+// otherwise.
 #include "common.cuh"
 #include "cuda_ops.h"
 
@@ -68,8 +69,8 @@ __global__ void swiglu_kernel(const T* gate_up, int64_t ld_in, T* y, int64_t ld_
 
 // d silu(g) / dg = s + g s (1 - s) with s = sigmoid(g). dgate_up may be gate_up: a thread reads its elements before it writes them.
 template <class T, int N>
-__global__ void swiglu_backward_kernel(const T* gate_up, int64_t ld_in, const T* dy, int64_t ld_dy, T* out, int64_t ld_out, int64_t rows,
-                                       int64_t cols) {
+__global__ void swiglu_backward_kernel(const T* gate_up, int64_t ld_in, const T* dy, int64_t ld_dy, T* out, int64_t ld_out,
+                                       int64_t rows, int64_t cols) {
   int64_t row, col;
   if (!place<N>(rows, cols, row, col)) return;
   const Pack<T, N> gate = load_pack<T, N>(gate_up + row * ld_in + col), up = load_pack<T, N>(gate_up + row * ld_in + cols + col),
@@ -100,8 +101,8 @@ void CudaOps::gather_rows(TensorView x, const int32_t* index, TensorView y) {
   dispatch_half(dtype_, [&]<class T>() {
     const bool vectors = rows_of_vectors(x) && rows_of_vectors(y);
     over(y.rows, vectors ? y.cols / 8 : y.cols, stream())(vectors ? gather_kernel<T, 8> : gather_kernel<T, 1>,
-                                                          static_cast<const T*>(x.data), x.ld, index, static_cast<T*>(y.data), y.ld, y.rows,
-                                                          y.cols);
+                                                          static_cast<const T*>(x.data), x.ld, index, static_cast<T*>(y.data), y.ld,
+                                                          y.rows, y.cols);
   });
 }
 
@@ -112,8 +113,9 @@ void CudaOps::scatter_add_rows(TensorView x, const int32_t* index, TensorView y)
   device_.use();
   dispatch_half(dtype_, [&]<class T>() {
     const bool vectors = rows_of_vectors(x) && rows_of_vectors(y);
-    over(x.rows, vectors ? x.cols / 8 : x.cols, stream())(vectors ? add_kernel<T, 8> : add_kernel<T, 1>, static_cast<const T*>(x.data),
-                                                          x.ld, index, static_cast<T*>(y.data), y.ld, x.rows, x.cols);
+    over(x.rows, vectors ? x.cols / 8 : x.cols, stream())(vectors ? add_kernel<T, 8> : add_kernel<T, 1>,
+                                                          static_cast<const T*>(x.data), x.ld, index, static_cast<T*>(y.data), y.ld,
+                                                          x.rows, x.cols);
   });
 }
 
@@ -124,8 +126,9 @@ void CudaOps::add(TensorView x, TensorView y) {
   device_.use();
   dispatch_half(dtype_, [&]<class T>() {
     const bool vectors = rows_of_vectors(x) && rows_of_vectors(y);
-    over(x.rows, vectors ? x.cols / 8 : x.cols, stream())(vectors ? add_kernel<T, 8> : add_kernel<T, 1>, static_cast<const T*>(x.data),
-                                                          x.ld, nullptr, static_cast<T*>(y.data), y.ld, x.rows, x.cols);
+    over(x.rows, vectors ? x.cols / 8 : x.cols, stream())(vectors ? add_kernel<T, 8> : add_kernel<T, 1>,
+                                                          static_cast<const T*>(x.data), x.ld, nullptr, static_cast<T*>(y.data),
+                                                          y.ld, x.rows, x.cols);
   });
 }
 
@@ -133,8 +136,8 @@ namespace {
 
 template <class F>
 void dispatch_float(const char* tensor, DType dtype, F&& f) {
-  require(dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16, "[convert] ", tensor, ": expected f32, f16 or bf16, got ",
-          name_of(dtype));
+  require(dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16, "[convert] ", tensor,
+          ": expected f32, f16 or bf16, got ", name_of(dtype));
   if (dtype == DType::f32) f.template operator()<float>();
   else dispatch_half(dtype, f);
 }
@@ -148,8 +151,8 @@ void CudaOps::convert(TensorView src, TensorView dst) {
     dispatch_float("dst", dst.dtype, [&]<class D>() {
       if (src.size() == 0) return;
       device_.use();
-      over(src.rows, src.cols, stream())(convert_kernel<S, D>, static_cast<const S*>(src.data), src.ld, static_cast<D*>(dst.data), dst.ld,
-                                         src.rows, src.cols);
+      over(src.rows, src.cols, stream())(convert_kernel<S, D>, static_cast<const S*>(src.data), src.ld, static_cast<D*>(dst.data),
+                                         dst.ld, src.rows, src.cols);
     });
   });
 }
@@ -163,8 +166,8 @@ void CudaOps::swiglu(TensorView gate_up, TensorView y) {
   dispatch_half(dtype_, [&]<class T>() {
     const bool vectors = rows_of_vectors(gate_up) && rows_of_vectors(y);
     over(y.rows, vectors ? y.cols / 8 : y.cols, stream())(vectors ? swiglu_kernel<T, 8> : swiglu_kernel<T, 1>,
-                                                          static_cast<const T*>(gate_up.data), gate_up.ld, static_cast<T*>(y.data), y.ld,
-                                                          y.rows, y.cols);
+                                                          static_cast<const T*>(gate_up.data), gate_up.ld, static_cast<T*>(y.data),
+                                                          y.ld, y.rows, y.cols);
   });
 }
 

@@ -1,7 +1,10 @@
-// Plain products through cuBLASLt, and construction of the backend. cuBLASLt is column-major, so a row-major y [T, N] is its N x T matrix:
-//   forward   y^T [N, T] = w (stored K x N, transposed) * x^T [K, T]        backward   dx^T [K, T] = w^T (K x N, as stored) * dy^T [N, T]
-// Algorithms come from cuBLASLt's heuristic, once per shape with the rows rounded up to a bucket. In deterministic mode the rows that the
-// heuristic sees are always the same and split sums are refused, so a row's value does not depend on how many rows are beside it.
+// Plain products through cuBLASLt, and construction of the backend. cuBLASLt is column-major, so a row-major y [T, N] is its N x T
+// matrix:
+//   forward   y^T [N, T] = w (stored K x N, transposed) * x^T [K, T]        backward   dx^T [K, T] = w^T (K x N, as stored) * dy^T
+//   [N, T]
+// Algorithms come from cuBLASLt's heuristic, once per shape with the rows rounded up to a bucket. In deterministic mode the rows
+// that the heuristic sees are always the same and split sums are refused, so a row's value does not depend on how many rows are
+// beside it.
 #include <algorithm>
 #include <memory>
 
@@ -17,13 +20,17 @@ namespace {
 
 constexpr size_t kBlasWorkspace = size_t{32} << 20;  // what cuBLAS recommends for Hopper
 constexpr int64_t kDeterministicRows = 2048;
-constexpr int64_t kFillRows = 512;  // adapter rows from which on the expand goes before the base product
+constexpr int64_t kFillRows = 512;   // adapter rows from which on the expand goes before the base product
+constexpr int64_t kBranchTiles = 8;  // tiles of 16 rows up to which the shrink goes beside it
 
 cudaDataType_t cuda_type(DType dtype) {
   switch (dtype) {
-    case DType::bf16: return CUDA_R_16BF;
-    case DType::f16: return CUDA_R_16F;
-    default: return CUDA_R_32F;
+    case DType::bf16:
+      return CUDA_R_16BF;
+    case DType::f16:
+      return CUDA_R_16F;
+    default:
+      return CUDA_R_32F;
   }
 }
 
@@ -87,11 +94,17 @@ CudaOps::CudaOps(int device, DType compute_dtype, bool deterministic)
   require(dtype_ == DType::bf16 || dtype_ == DType::f16, "[cuda] compute dtype: expected bf16 or f16, got ", name_of(dtype_));
   blas_workspace_ = Buffer(device_, kBlasWorkspace);
   check(cublasLtCreate(&blas_), "cublasLtCreate");
+  check(cudaStreamCreateWithFlags(&branch_.stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  check(cudaEventCreateWithFlags(&branch_.fork, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  check(cudaEventCreateWithFlags(&branch_.join, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   attention_plans_ = AttentionPlans::make(device_, dtype_, deterministic_);
 }
 
 CudaOps::~CudaOps() {
   cudaStreamSynchronize(stream());
+  cudaEventDestroy(branch_.fork);
+  cudaEventDestroy(branch_.join);
+  cudaStreamDestroy(branch_.stream);
   if (blas_ != nullptr) cublasLtDestroy(blas_);
 }
 
@@ -127,11 +140,11 @@ void CudaOps::matmul(const LinearKey& key, const void* x, const void* w, const v
     if (deterministic_) set(raw, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
     cublasLtMatmulHeuristicResult_t result = {};
     int results = 0;
-    check(cublasLtMatmulAlgoGetHeuristic(blas_, handle, w_layout.get(), x_bucket.get(), y_bucket.get(), y_bucket.get(), raw, 1, &result,
-                                         &results),
+    check(cublasLtMatmulAlgoGetHeuristic(blas_, handle, w_layout.get(), x_bucket.get(), y_bucket.get(), y_bucket.get(), raw, 1,
+                                         &result, &results),
           "cublasLtMatmulAlgoGetHeuristic");
-    require<DeviceError>(results > 0, "[linear] cuBLASLt has no algorithm for x [", rows, ", ", k, "] ", name_of(dtype_), " and y [", rows,
-                         ", ", m, "] ", name_of(y_dtype));
+    require<DeviceError>(results > 0, "[linear] cuBLASLt has no algorithm for x [", rows, ", ", k, "] ", name_of(dtype_),
+                         " and y [", rows, ", ", m, "] ", name_of(y_dtype));
     found = linear_algorithms_.emplace(key, result.algo).first;
   }
   const float alpha = 1, beta = key.accumulate ? 1.0f : 0.0f;
@@ -147,23 +160,48 @@ void CudaOps::linear_onto(TensorView x, TensorView w, TensorView bias, TensorVie
   expect("linear", "w", w, dtype_, -1, x.cols);
   expect_vector("linear", "bias", bias, dtype_, w.rows, true);
   expect("linear", "y", y, y.dtype == DType::f32 ? DType::f32 : dtype_, x.rows, w.rows);
-  require(bias.data == nullptr || y.dtype == dtype_, "[linear] y: expected ", name_of(dtype_), " with a bias, got ", name_of(y.dtype));
+  require(bias.data == nullptr || y.dtype == dtype_, "[linear] y: expected ", name_of(dtype_), " with a bias, got ",
+          name_of(y.dtype));
   if (x.rows == 0 || w.rows == 0) return;
   device_.use();
-  const int32_t alignment = std::min({alignment_of(x.data, x.ld, dtype_), alignment_of(w.data, w.ld, dtype_),
-                                      alignment_of(y.data, y.ld, y.dtype)});
-  const LinearKey key = {deterministic_ ? kDeterministicRows : bucket_of(x.rows), x.cols, w.rows, x.ld, w.ld, y.ld,
-                         static_cast<int32_t>(y.dtype), bias.data != nullptr, 0, accumulate ? 1 : 0, alignment};
+  const int32_t alignment =
+      std::min({alignment_of(x.data, x.ld, dtype_), alignment_of(w.data, w.ld, dtype_), alignment_of(y.data, y.ld, y.dtype)});
+  const LinearKey key = {deterministic_ ? kDeterministicRows : bucket_of(x.rows),
+                         x.cols,
+                         w.rows,
+                         x.ld,
+                         w.ld,
+                         y.ld,
+                         static_cast<int32_t>(y.dtype),
+                         bias.data != nullptr,
+                         0,
+                         accumulate ? 1 : 0,
+                         alignment};
   matmul(key, x.data, w.data, bias.data, y.data, x.rows);
 }
 
-// Small groups: the base product, then shrink and expand in one launch. Large ones: the expand writes y first and the base product adds to it, whose
-// epilogue reads y while other tiles compute; the other way round y would be read and written once more, bound by bandwidth. Rounding differs by one
-// step, so the deterministic mode, where a row's bits must not depend on its group's size, always takes the plain order.
-void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
-                          TensorView y) {
-  require(w.rows == columns_of(linear) && w.cols == linear.in, "[linear_lora] w: expected [", columns_of(linear), ", ", linear.in, "], got [",
-          w.rows, ", ", w.cols, "]");
+// Three ways, each the fastest of what was measured at its size (benchmarks/results):
+// * Many rows with adapters: the expand writes y first and the base product adds to it, whose epilogue reads y while other tiles
+// compute; the other way
+//   round y would be read and written once more, bound by bandwidth. Rounding differs by one step, so the deterministic mode, where
+//   a row's bits must not depend on its group's size, does not.
+// * A few small tiles: the shrink runs beside the base product, on a branch of the stream, and only the expand comes after.
+// * Many small tiles: the base product, then shrink and expand in one launch (lora_decode.cu).
+void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                          TensorView s, TensorView y) {
+  expect("linear_lora", "x", x, dtype_, -1, linear.in);
+  expect("linear_lora", "w", w, dtype_, columns_of(linear), linear.in);
+  expect_vector("linear_lora", "bias", bias, dtype_, w.rows, true);
+  expect("linear_lora", "y", y, y.dtype == DType::f32 ? DType::f32 : dtype_, x.rows, w.rows);
+  require(bias.data == nullptr || y.dtype == dtype_, "[linear_lora] y: expected ", name_of(dtype_), " with a bias, got ",
+          name_of(y.dtype));
+  if (groups.count == 0 || groups.max_rank == 0 || x.rows == 0) {
+    linear_onto(x, w, bias, y, false);
+    return;
+  }
+  expect("linear_lora", "s", s, dtype_, x.rows, -1);
+  require(s.cols >= groups.max_rank, "[linear_lora] s: expected at least ", groups.max_rank, " columns, got ", s.cols);
+  lora_call("linear_lora", linear, groups, x.rows);  // for its checks
   int64_t covered = 0;
   for (int32_t g = 0; g < groups.count; ++g) covered += groups.host_groups[g].sites != nullptr ? groups.host_groups[g].rows : 0;
   if (!deterministic_ && y.dtype == dtype_ && covered >= kFillRows && 2 * covered >= x.rows) {
@@ -172,10 +210,19 @@ void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const Lor
     linear_onto(x, w, bias, y, true);
     return;
   }
-  linear_onto(x, w, bias, y, false);
-  if (groups.count == 0 || groups.max_rank == 0 || x.rows == 0) return;
-  if (lora_small(linear, groups, x, s, y)) return;
-  lora_shrink(linear, groups, x, s);
+  if (count_tiles(groups, 16).tiles > kBranchTiles) {
+    linear_onto(x, w, bias, y, false);
+    if (lora_small(linear, groups, x, s, y)) return;
+    lora_shrink(linear, groups, x, s);
+  } else {
+    device_.use();
+    check(cudaEventRecord(branch_.fork, stream()), "cudaEventRecord");
+    check(cudaStreamWaitEvent(branch_.stream, branch_.fork), "cudaStreamWaitEvent");
+    shrink_on(branch_.stream, linear, groups, x, s);
+    check(cudaEventRecord(branch_.join, branch_.stream), "cudaEventRecord");
+    linear_onto(x, w, bias, y, false);
+    check(cudaStreamWaitEvent(stream(), branch_.join), "cudaStreamWaitEvent");
+  }
   lora_expand(linear, groups, s, y);
 }
 
@@ -185,10 +232,19 @@ void CudaOps::linear_backward(TensorView dy, TensorView w, TensorView dx, bool a
   expect("linear_backward", "dx", dx, dtype_, dy.rows, w.cols);
   if (dy.rows == 0 || w.cols == 0) return;
   device_.use();
-  const int32_t alignment = std::min({alignment_of(dy.data, dy.ld, dtype_), alignment_of(w.data, w.ld, dtype_),
-                                      alignment_of(dx.data, dx.ld, dtype_)});
-  const LinearKey key = {deterministic_ ? kDeterministicRows : bucket_of(dy.rows), w.cols, w.rows, dy.ld, w.ld, dx.ld,
-                         static_cast<int32_t>(dtype_), 0, 1, accumulate ? 1 : 0, alignment};
+  const int32_t alignment =
+      std::min({alignment_of(dy.data, dy.ld, dtype_), alignment_of(w.data, w.ld, dtype_), alignment_of(dx.data, dx.ld, dtype_)});
+  const LinearKey key = {deterministic_ ? kDeterministicRows : bucket_of(dy.rows),
+                         w.cols,
+                         w.rows,
+                         dy.ld,
+                         w.ld,
+                         dx.ld,
+                         static_cast<int32_t>(dtype_),
+                         0,
+                         1,
+                         accumulate ? 1 : 0,
+                         alignment};
   matmul(key, dy.data, w.data, nullptr, dx.data, dy.rows);
 }
 

@@ -1,12 +1,13 @@
-// What the LoRA kernels share: finding the tile of a block, fragments of the tensor-core product m16n8k16, and loads that keep to the true rank.
+// What the LoRA kernels share: finding the tile of a block, fragments of the tensor-core product m16n8k16, and loads that keep to
+// the true rank.
 //
 // Fragments of m16n8k16 (g = lane / 4, q = lane % 4), 16-bit operands, f32 sums:
 //   a[0] (m g, k 2q..2q+1)   a[1] (m g+8, k 2q..)   a[2] (m g, k 2q+8..)   a[3] (m g+8, k 2q+8..)
 //   b[0] (k 2q..2q+1, n g)   b[1] (k 2q+8.., n g)
 //   c[0] (m g, n 2q)  c[1] (m g, n 2q+1)  c[2] (m g+8, n 2q)  c[3] (m g+8, n 2q+1)
-// The order of k inside a product is free as long as both operands agree, and so is which row or column a slot of m or n stands for. The kernels
-// use that to read and write 16 bytes a lane straight from global memory: no shared-memory staging. Where an operand lies with the wrong side
-// contiguous, 8 x 8 blocks are transposed in registers (movmatrix).
+// The order of k inside a product is free as long as both operands agree, and so is which row or column a slot of m or n stands
+// for. The kernels use that to read and write 16 bytes a lane straight from global memory: no shared-memory staging. Where an
+// operand lies with the wrong side contiguous, 8 x 8 blocks are transposed in registers (movmatrix).
 #pragma once
 
 #include <cstddef>
@@ -22,8 +23,8 @@ constexpr int kLoraThreads = 256;
 constexpr int kLoraWarps = kLoraThreads / kWarp;
 constexpr int kMaxCluster = 8;
 
-// The tables of groups and sites are small and read by every launch, with all of the base weights streaming through the L2 in between: they ask to be
-// evicted last, or each launch would begin with two trips to memory in a row.
+// The tables of groups and sites are small and read by every launch, with all of the base weights streaming through the L2 in
+// between: they ask to be evicted last, or each launch would begin with two trips to memory in a row.
 __device__ inline uint64_t keep_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
@@ -69,19 +70,20 @@ __device__ inline Tile find_tile(const LoraCall& call, int tile_rows, int index)
       place = __shfl_sync(0xffffffffu, place, winner);
       sites = __shfl_sync(0xffffffffu, sites, winner);
       const int begin = (index - first) * tile_rows;
-      return {base + winner, static_cast<int64_t>(static_cast<uint32_t>(place)) + begin, min(tile_rows, static_cast<int>(place >> 32) - begin),
-              reinterpret_cast<const LoraSite*>(sites)};
+      return {base + winner, static_cast<int64_t>(static_cast<uint32_t>(place)) + begin,
+              min(tile_rows, static_cast<int>(place >> 32) - begin), reinterpret_cast<const LoraSite*>(sites)};
     }
     index -= __shfl_sync(0xffffffffu, sum, kWarp - 1);
   }
   return {};
 }
 
-// An adapter's entry in shared memory: one trip to memory for all its fields, which are then indexed freely. The whole block calls it; `to` may be read
-// after the next __syncthreads().
+// An adapter's entry in shared memory: one trip to memory for all its fields, which are then indexed freely. The whole block calls
+// it; `to` may be read after the next __syncthreads().
 __device__ inline void fetch_site(const LoraSite* from, LoraSite& to) {
   constexpr int kWords = sizeof(LoraSite) / sizeof(uint64_t);
-  if (threadIdx.x < kWords) reinterpret_cast<uint64_t*>(&to)[threadIdx.x] = load_kept(reinterpret_cast<const uint64_t*>(from) + threadIdx.x, keep_policy());
+  if (threadIdx.x < kWords)
+    reinterpret_cast<uint64_t*>(&to)[threadIdx.x] = load_kept(reinterpret_cast<const uint64_t*>(from) + threadIdx.x, keep_policy());
 }
 
 // ---------------------------------------------------------------- products
@@ -90,12 +92,12 @@ template <class T>
 __device__ inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, bf16>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   } else {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
 }
 
@@ -108,8 +110,8 @@ __device__ inline uint32_t transpose(uint32_t x) {
 
 // ---------------------------------------------------------------- loads of 16-bit elements, zero outside [0, n)
 
-// kFast: every row begins on 16 bytes and n is a multiple of 8 (the host has looked: fast_layout()). Otherwise element by element. The slow code is
-// large, so it lives in kernels of its own: a decode step runs each kernel from a cold instruction cache.
+// kFast: every row begins on 16 bytes and n is a multiple of 8 (the host has looked: fast_layout()). Otherwise element by element.
+// The slow code is large, so it lives in kernels of its own: a decode step runs each kernel from a cold instruction cache.
 __device__ inline uint32_t element(const void* p, int64_t i) { return static_cast<const uint16_t*>(p)[i]; }
 
 // Two neighbours, i and i + 1.
@@ -137,7 +139,8 @@ __device__ inline uint4 load8(const void* p, int64_t i, int64_t n) {
 template <class T>
 __device__ inline uint32_t pack2(float low, float high) {
   const T a = from_float<T>(low), b = from_float<T>(high);
-  return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&a)) | static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&b)) << 16;
+  return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&a)) |
+         static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&b)) << 16;
 }
 template <class T>
 __device__ inline float low_float(uint32_t x) {
@@ -145,7 +148,9 @@ __device__ inline float low_float(uint32_t x) {
   return to_float(*reinterpret_cast<const T*>(&bits));
 }
 template <class T>
-__device__ inline float high_float(uint32_t x) { return low_float<T>(x >> 16); }
+__device__ inline float high_float(uint32_t x) {
+  return low_float<T>(x >> 16);
+}
 
 // ---------------------------------------------------------------- dropout
 

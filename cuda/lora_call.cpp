@@ -7,7 +7,8 @@
 namespace loquetier::cuda {
 
 LoraCall lora_call(const char* op, const LoraLinear& linear, const LoraGroups& groups, int64_t rows) {
-  require(linear.parts >= 1 && linear.parts <= kMaxParts, "[", op, "] linear: expected 1 .. ", kMaxParts, " parts, got ", linear.parts);
+  require(linear.parts >= 1 && linear.parts <= kMaxParts, "[", op, "] linear: expected 1 .. ", kMaxParts, " parts, got ",
+          linear.parts);
   LoraCall call;
   call.groups = groups.groups;
   call.count = groups.count;
@@ -28,7 +29,8 @@ LoraCall lora_call(const char* op, const LoraLinear& linear, const LoraGroups& g
     if (group.sites == nullptr || group.rows == 0) continue;
     int32_t rank = 0;
     for (int p = 0; p < linear.parts; ++p) rank += group.host_sites[linear.site].part[p].rank;
-    require(rank <= groups.max_rank, "[", op, "] groups[", g, "]: expected ranks of at most ", groups.max_rank, " together, got ", rank);
+    require(rank <= groups.max_rank, "[", op, "] groups[", g, "]: expected ranks of at most ", groups.max_rank, " together, got ",
+            rank);
     require(group.dropout >= 0 && group.dropout < 1 && (group.dropout == 0 || groups.row_keys != nullptr), "[", op, "] groups[", g,
             "]: expected dropout in [0, 1) with row keys, got ", group.dropout);
   }

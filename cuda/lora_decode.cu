@@ -1,8 +1,10 @@
-// Shrink and expand of small groups (decode rows) in one launch. A cluster takes one tile of a group's rows: its blocks share out k for the shrink,
-// exchange the sums through distributed shared memory, and then share out the columns of the expand, whose fragments were loaded at the start. So S
-// makes no round trip through global memory, every adapter matrix is read once, and a linear costs one launch beside its base product.
+// Shrink and expand of small groups (decode rows) in one launch. A cluster takes one tile of a group's rows: its blocks share out k
+// for the shrink, exchange the sums through distributed shared memory, and then share out the columns of the expand, whose
+// fragments were loaded at the start. So S makes no round trip through global memory, every adapter matrix is read once, and a
+// linear costs one launch beside its base product.
 //
-// With few tiles several clusters ("splits") do the same shrink and each a part of the columns. Sums have the order of lora_reduce.cu.
+// With few tiles several clusters ("splits") do the same shrink and each a part of the columns. Sums have the order of
+// lora_reduce.cu.
 #include <algorithm>
 
 #include "cuda_ops.h"
@@ -13,8 +15,8 @@ namespace loquetier::cuda {
 
 namespace {
 
-constexpr int kMaxFusedRank = 64;   // of the parts together
-constexpr int kMaxFusedRows = 64;   // of a group
+constexpr int kMaxFusedRank = 64;  // of the parts together
+constexpr int kMaxFusedRows = 64;  // of a group
 
 struct FusedArgs {
   LoraCall call;
@@ -70,7 +72,8 @@ template <class T, int MT, int NT>
 __global__ void __launch_bounds__(kLoraThreads, 2) fused_kernel(FusedArgs a) {
   extern __shared__ float shared[];
   constexpr int kTile = MT * NT * 128;
-  // S of the tile, [rows][ranks], rounded as lora_shrink leaves it. The stride keeps 8-byte loads aligned and rows in different banks.
+  // S of the tile, [rows][ranks], rounded as lora_shrink leaves it. The stride keeps 8-byte loads aligned and rows in different
+  // banks.
   constexpr int kStride = MT * 16 + 4;
   T* s_tile = reinterpret_cast<T*>(shared + kLoraWarps * kTile);
   auto cluster = cooperative_groups::this_cluster();
@@ -114,7 +117,8 @@ __global__ void __launch_bounds__(kLoraThreads, 2) fused_kernel(FusedArgs a) {
     reduce_place<NT>(e, rank, row);
     const T value = from_float<T>(cluster_total(cluster, shared, e, cluster_size));
 #pragma unroll 1
-    for (int b = 0; b < cluster_size; ++b) *cluster.map_shared_rank(s_tile + row * kStride + rank, static_cast<unsigned>(b)) = value;
+    for (int b = 0; b < cluster_size; ++b)
+      *cluster.map_shared_rank(s_tile + row * kStride + rank, static_cast<unsigned>(b)) = value;
     if (split == 0 && row < tile.rows && rank < r.rank) static_cast<T*>(a.s)[(tile.row + row) * a.ld_s + rank] = value;
   }
   cluster.sync();
@@ -173,7 +177,8 @@ __global__ void __launch_bounds__(kLoraThreads, 2) fused_kernel(FusedArgs a) {
 template <class T, int MT, int NT>
 void launch_fused(const FusedArgs& args, int64_t clusters, int cluster, cudaStream_t stream,
                   std::source_location where = std::source_location::current()) {
-  const size_t shared = static_cast<size_t>(reduce_floats(MT, NT)) * sizeof(float) + static_cast<size_t>(NT * 8 * (MT * 16 + 4)) * sizeof(T);
+  const size_t shared =
+      static_cast<size_t>(reduce_floats(MT, NT)) * sizeof(float) + static_cast<size_t>(NT * 8 * (MT * 16 + 4)) * sizeof(T);
   Launch launch{dim3(static_cast<unsigned>(clusters * cluster)), dim3(kLoraThreads), shared, stream, cluster, where};
   launch.overlap = true;
   launch(fused_kernel<T, MT, NT>, args);
@@ -181,8 +186,10 @@ void launch_fused(const FusedArgs& args, int64_t clusters, int cluster, cudaStre
 
 template <class T>
 void launch_ranks(const FusedArgs& args, int rank, bool small, int64_t clusters, int cluster, cudaStream_t stream) {
-  if (rank <= 16) small ? launch_fused<T, 1, 1>(args, clusters, cluster, stream) : launch_fused<T, 1, 2>(args, clusters, cluster, stream);
-  else if (rank <= 48) small ? launch_fused<T, 3, 1>(args, clusters, cluster, stream) : launch_fused<T, 3, 2>(args, clusters, cluster, stream);
+  if (rank <= 16)
+    small ? launch_fused<T, 1, 1>(args, clusters, cluster, stream) : launch_fused<T, 1, 2>(args, clusters, cluster, stream);
+  else if (rank <= 48)
+    small ? launch_fused<T, 3, 1>(args, clusters, cluster, stream) : launch_fused<T, 3, 2>(args, clusters, cluster, stream);
   else small ? launch_fused<T, 4, 1>(args, clusters, cluster, stream) : launch_fused<T, 4, 2>(args, clusters, cluster, stream);
 }
 
@@ -207,8 +214,8 @@ bool CudaOps::lora_small(const LoraLinear& linear, const LoraGroups& groups, Ten
 
   const bool small = eights.largest <= 8;
   const int64_t tiles = small ? eights.tiles : count_tiles(groups, 16).tiles;
-  // Blocks for about two a processor; clusters of eight while tiles are few. A split repeats the shrink, so it is worth one only when a warp would have
-  // more than two units of columns.
+  // Blocks for about two a processor; clusters of eight while tiles are few. A split repeats the shrink, so it is worth one only
+  // when a warp would have more than two units of columns.
   const int64_t room = 2 * int64_t{device_.processors()};
   int cluster = deterministic_ ? 4 : kMaxCluster;
   while (!deterministic_ && cluster > 2 && tiles * cluster > room) cluster /= 2;

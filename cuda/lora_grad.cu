@@ -1,7 +1,7 @@
-// lora_backward_weights: dA += ds^T (x * M) and dB += scale dy^T s. Both are G[r, n] += L^T P, summed over a group's rows: L holds rank columns, P wide
-// rows, read once. A block takes 128 columns; its warps are two column halves by four row shares, the blocks of a cluster share the rows
-// further, and all partial sums meet in shared memory in a fixed order: f32, no atomics. Operands have the summed index on the slow side, so their 8 x 8
-// blocks are transposed in registers.
+// lora_backward_weights: dA += ds^T (x * M) and dB += scale dy^T s. Both are G[r, n] += L^T P, summed over a group's rows: L holds
+// rank columns, P wide rows, read once. A block takes 128 columns; its warps are two column halves by four row shares, the blocks
+// of a cluster share the rows further, and all partial sums meet in shared memory in a fixed order: f32, no atomics. Operands have
+// the summed index on the slow side, so their 8 x 8 blocks are transposed in registers.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -13,8 +13,8 @@ namespace loquetier::cuda {
 
 namespace {
 
-constexpr int kColumns = 128;   // of a block
-constexpr int kRowShares = 4;   // warps that share the rows of the same columns
+constexpr int kColumns = 128;  // of a block
+constexpr int kRowShares = 4;  // warps that share the rows of the same columns
 constexpr int kRowsPerStep = 16;
 
 enum class Product { a, a_dropout, b };
@@ -25,7 +25,7 @@ struct GradArgs {
   int64_t ld_l;
   const void* p;  // [T, wide] x or dy
   int64_t ld_p;
-  int chunks;     // rank ranges; grid.z = products * chunks
+  int chunks;  // rank ranges; grid.z = products * chunks
 };
 
 // Column of n-tile i, slot j of a 32-column piece: a lane's 16-byte load holds columns 8q .. 8q + 7.
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kLoraThreads) grad_kernel(GradArgs a) {
         if (real) {
           wide[half][piece] = load8<kFast>(p + row * a.ld_p, column, columns);
           if constexpr (kProduct == Product::a_dropout) {
-            wide[half][piece] =
-                masked(wide[half][piece], keep8(a.call.row_keys[group.row_begin + row], a.call.stream[part], column, group.dropout));
+            wide[half][piece] = masked(wide[half][piece],
+                                       keep8(a.call.row_keys[group.row_begin + row], a.call.stream[part], column, group.dropout));
           }
         }
       }
@@ -136,7 +136,9 @@ __global__ void __launch_bounds__(kLoraThreads) grad_kernel(GradArgs a) {
     shared[e] = total;
   }
   cluster.sync();
-  const float scale = kProduct == Product::b ? site.part[part].scale : kProduct == Product::a_dropout ? 1.0f / (1.0f - group.dropout) : 1.0f;
+  const float scale = kProduct == Product::b           ? site.part[part].scale
+                      : kProduct == Product::a_dropout ? 1.0f / (1.0f - group.dropout)
+                                                       : 1.0f;
 #pragma unroll 1
   for (int e = cluster_rank * kLoraThreads + static_cast<int>(threadIdx.x); e < kTile; e += cluster_size * kLoraThreads) {
     const int el = e % kWarp, i = e / kWarp % 4, n = e / 128 % 8, m = e / 1024 % MT, half = e / kHalf;
@@ -175,13 +177,17 @@ void launch_grad(const GradArgs& args, int64_t blocks, int products, int64_t row
   const int cluster = cluster_of(int64_t{args.call.count} * blocks * products * args.chunks, rows, processors);
   const Launch launch{dim3(static_cast<unsigned>(args.call.count * cluster), static_cast<unsigned>(blocks),
                            static_cast<unsigned>(products * args.chunks)),
-                      dim3(kLoraThreads), static_cast<size_t>(kRowShares * 2 * MT * 8 * 128) * sizeof(float), stream, cluster, where};
+                      dim3(kLoraThreads),
+                      static_cast<size_t>(kRowShares * 2 * MT * 8 * 128) * sizeof(float),
+                      stream,
+                      cluster,
+                      where};
   launch(grad_kernel<T, MT, kProduct, kFast>, args);
 }
 
 template <class T, Product kProduct>
-void launch_ranks(GradArgs args, int rank, int64_t blocks, int products, int64_t rows, bool fast, int processors, cudaStream_t stream,
-                  std::source_location where = std::source_location::current()) {
+void launch_ranks(GradArgs args, int rank, int64_t blocks, int products, int64_t rows, bool fast, int processors,
+                  cudaStream_t stream, std::source_location where = std::source_location::current()) {
   args.chunks = static_cast<int>(ceil_div(rank, rank <= 16 || !fast ? 16 : 48));
   if (!fast) launch_grad<T, 1, kProduct, false>(args, blocks, products, rows, processors, stream, where);
   else if (rank <= 16) launch_grad<T, 1, kProduct, true>(args, blocks, products, rows, processors, stream, where);

@@ -1,5 +1,5 @@
-// lora_shrink and lora_backward_s: the products into rank columns (lora_reduce.cuh), one cluster per tile of a group's rows and per rank range.
-// Without dropout the parts' A matrices are one stacked matrix and X is read once; with it every part has its own mask.
+// lora_shrink and lora_backward_s: the products into rank columns (lora_reduce.cuh), one cluster per tile of a group's rows and per
+// rank range. Without dropout the parts' A matrices are one stacked matrix and X is read once; with it every part has its own mask.
 #include <algorithm>
 
 #include "cuda_ops.h"
@@ -87,30 +87,39 @@ __global__ void __launch_bounds__(kLoraThreads) reduce_kernel(ReduceArgs a) {
 struct Plan {
   int cluster = 1;
   int64_t tiles = 0;
-  bool few = false;   // tiles of 8 rows instead of 64: every group has at most 8, or the layout is not fast
+  int rows = 64;     // of a tile
+  bool few = false;  // tiles of 8 rows: every group has at most 8, or the layout is not fast
   bool fast = false;
 };
 
-// Enough blocks to fill the device, as far as k allows. Deterministic: always the same split, so a row's sum never changes its order.
-Plan plan_of(const LoraGroups& groups, int64_t k, int products, bool fast, int processors, bool deterministic) {
+// Enough blocks to fill the device, as far as k allows. Deterministic: always the same split, so a row's sum never changes its
+// order.
+Plan plan_of(const LoraGroups& groups, int64_t k, int products, bool fast, int processors, bool deterministic,
+             bool shrink = false) {
   Plan plan;
   const TileCount eights = count_tiles(groups, 8);
   plan.fast = fast;
   plan.few = !fast || eights.largest <= 8;
-  plan.tiles = plan.few ? eights.tiles : count_tiles(groups, 64).tiles;
+  plan.rows = plan.few ? 8 : shrink && eights.largest <= 64 ? 16 : 64;
+  plan.tiles = count_tiles(groups, plan.rows).tiles;
   if (deterministic) {
     plan.cluster = 4;
     return plan;
   }
-  const int64_t room = int64_t{processors} * (plan.few ? 2 : 1);
-  while (plan.cluster < kMaxCluster && plan.tiles * products * plan.cluster * 2 <= room && k > plan.cluster * kLoraWarps * 64) plan.cluster *= 2;
+  const int64_t room = int64_t{processors} * (plan.rows < 64 ? 2 : 1);
+  while (plan.cluster < kMaxCluster && plan.tiles * products * plan.cluster * 2 <= room && k > plan.cluster * kLoraWarps * 64)
+    plan.cluster *= 2;
   return plan;
 }
 
 template <class T, int MT, int NT, Product kProduct, bool kFast>
 void launch_reduce(const Plan& plan, const ReduceArgs& args, int products, cudaStream_t stream, std::source_location where) {
-  Launch{dim3(static_cast<unsigned>(plan.tiles * plan.cluster), static_cast<unsigned>(products * args.chunks)), dim3(kLoraThreads),
-         static_cast<size_t>(reduce_floats(MT, NT)) * sizeof(float), stream, plan.cluster, where}(reduce_kernel<T, MT, NT, kProduct, kFast>, args);
+  Launch{dim3(static_cast<unsigned>(plan.tiles * plan.cluster), static_cast<unsigned>(products * args.chunks)),
+         dim3(kLoraThreads),
+         static_cast<size_t>(reduce_floats(MT, NT)) * sizeof(float),
+         stream,
+         plan.cluster,
+         where}(reduce_kernel<T, MT, NT, kProduct, kFast>, args);
 }
 
 // Rank tiles of a block: as many as the largest rank needs, at most 64 ranks; larger ranks go in ranges.
@@ -120,6 +129,10 @@ void launch_ranks(const Plan& plan, ReduceArgs args, int rank, int products, cud
   args.chunks = static_cast<int>(ceil_div(rank, 64));
   if (!plan.fast) {
     launch_reduce<T, 4, 1, kProduct, false>(plan, args, products, stream, where);
+  } else if (kProduct == Product::shrink && plan.rows == 16) {
+    if (rank <= 16) launch_reduce<T, 1, 2, Product::shrink, true>(plan, args, products, stream, where);
+    else if (rank <= 48) launch_reduce<T, 3, 2, Product::shrink, true>(plan, args, products, stream, where);
+    else launch_reduce<T, 4, 2, Product::shrink, true>(plan, args, products, stream, where);
   } else if (rank <= 16) {
     plan.few ? launch_reduce<T, 1, 1, kProduct, true>(plan, args, products, stream, where)
              : launch_reduce<T, 1, 8, kProduct, true>(plan, args, products, stream, where);
@@ -151,6 +164,10 @@ void ranks_of(const LoraLinear& linear, const LoraGroups& groups, int& stacked, 
 }  // namespace
 
 void CudaOps::lora_shrink(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) {
+  shrink_on(stream(), linear, groups, x, s);
+}
+
+void CudaOps::shrink_on(cudaStream_t on, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) {
   expect("lora_shrink", "x", x, dtype_, -1, linear.in);
   const LoraCall call = lora_call("lora_shrink", linear, groups, x.rows);
   int stacked, single;
@@ -163,12 +180,15 @@ void CudaOps::lora_shrink(const LoraLinear& linear, const LoraGroups& groups, Te
   const bool fast = fast_layout(linear, groups, {x});
   const bool dropout = count_tiles(groups, 8).dropout;
   bool plain = false;
-  for (int32_t g = 0; g < groups.count; ++g) plain = plain || (groups.host_groups[g].sites != nullptr && groups.host_groups[g].dropout == 0);
+  for (int32_t g = 0; g < groups.count; ++g)
+    plain = plain || (groups.host_groups[g].sites != nullptr && groups.host_groups[g].dropout == 0);
   dispatch_half(dtype_, [&]<class T>() {
-    if (plain) launch_ranks<T, Product::shrink>(plan_of(groups, linear.in, 1, fast, device_.processors(), deterministic_), args, stacked, 1, stream());
+    if (plain)
+      launch_ranks<T, Product::shrink>(plan_of(groups, linear.in, 1, fast, device_.processors(), deterministic_, true), args,
+                                       stacked, 1, on);
     if (dropout) {
-      launch_ranks<T, Product::shrink_dropout>(plan_of(groups, linear.in, linear.parts, fast, device_.processors(), deterministic_), args, single,
-                                               linear.parts, stream());
+      launch_ranks<T, Product::shrink_dropout>(plan_of(groups, linear.in, linear.parts, fast, device_.processors(), deterministic_),
+                                               args, single, linear.parts, on);
     }
   });
 }
@@ -186,8 +206,8 @@ void CudaOps::lora_backward_s(const LoraLinear& linear, const LoraGroups& groups
   const bool fast = fast_layout(linear, groups, {dy});
   const int64_t k = *std::max_element(linear.out, linear.out + linear.parts);
   dispatch_half(dtype_, [&]<class T>() {
-    launch_ranks<T, Product::backward>(plan_of(groups, k, linear.parts, fast, device_.processors(), deterministic_), args, single, linear.parts,
-                                       stream());
+    launch_ranks<T, Product::backward>(plan_of(groups, k, linear.parts, fast, device_.processors(), deterministic_), args, single,
+                                       linear.parts, stream());
   });
 }
 

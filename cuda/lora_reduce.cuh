@@ -1,8 +1,9 @@
-// The products that end in rank columns: out^T [ranks, rows] = Q P^T, summed over k. P holds the rows of the batch (k contiguous), Q is an adapter
-// matrix: A [R, k] (shrink) or B [k, R] (backward_s, transposed in registers).
+// The products that end in rank columns: out^T [ranks, rows] = Q P^T, summed over k. P holds the rows of the batch (k contiguous),
+// Q is an adapter matrix: A [R, k] (shrink) or B [k, R] (backward_s, transposed in registers).
 //
-// The 8 warps of a block and the blocks of a cluster share out k: worker w of W takes the 64-wide pieces w, w + W, … (128 bytes of a row), and the
-// partial sums meet in shared memory in a fixed order. So few rows still use many SMs, and A is read once a cluster.
+// The 8 warps of a block and the blocks of a cluster share out k: worker w of W takes the 64-wide pieces w, w + W, … (128 bytes of
+// a row), and the partial sums meet in shared memory in a fixed order. So few rows still use many SMs, and A is read once a
+// cluster.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -18,8 +19,8 @@ struct Reduction {
   int rows = 0;
   const void* q = nullptr;
   int k = 0;
-  int rank = 0;             // R of q: its rows (A) or its row length (B)
-  int rank_begin = 0;       // first rank of this chunk
+  int rank = 0;                        // R of q: its rows (A) or its row length (B)
+  int rank_begin = 0;                  // first rank of this chunk
   const uint64_t* row_keys = nullptr;  // of the tile's first row, with dropout
   uint32_t stream = 0;
   float dropout = 0;
@@ -39,7 +40,8 @@ template <int MT, int NT, bool kDropout, bool kTransposed, bool kFast>
 __device__ inline void load_step(const Reduction& r, int k0, ReduceStep<MT, NT>& step) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const int k = k0 + 8 * q;
-  // Fast: no predicates. Rows and ranks past the end repeat the last one (their sums are not used), and past the end of k only P is made zero.
+  // Fast: no predicates. Rows and ranks past the end repeat the last one (their sums are not used), and past the end of k only P is
+  // made zero.
   const bool whole = !kFast || k0 + 32 <= r.k;  // the same for the whole warp
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
@@ -64,7 +66,8 @@ __device__ inline void load_step(const Reduction& r, int k0, ReduceStep<MT, NT>&
         if (rank + g + 8 < r.rank) step.high[m] = load8<false>(a + int64_t{rank + g + 8} * r.k, k, r.k);
       }
     } else {
-      // Row j of the block for word i is k0 + 8 (j / 2) + (j % 2) + 2 i, so that after the transposition lane q has k = 8q + 2i, 8q + 2i + 1.
+      // Row j of the block for word i is k0 + 8 (j / 2) + (j % 2) + 2 i, so that after the transposition lane q has k = 8q + 2i, 8q
+      // + 2i + 1.
       uint32_t low[4], high[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -114,8 +117,9 @@ __host__ __device__ constexpr int steps_ahead() {
   return MT <= 3 && !kDropout ? 2 : 1;
 }
 
-// Sums the product over the cluster's share of k. Afterwards `shared` holds, in the first MT * NT * 128 floats of every block of the cluster, that
-// block's partial sums: element ((m * NT + n) * 4 + i) * 32 + lane of fragment c[i]. The caller synchronises the cluster before reading.
+// Sums the product over the cluster's share of k. Afterwards `shared` holds, in the first MT * NT * 128 floats of every block of
+// the cluster, that block's partial sums: element ((m * NT + n) * 4 + i) * 32 + lane of fragment c[i]. The caller synchronises the
+// cluster before reading.
 template <class T, int MT, int NT, bool kDropout, bool kTransposed, bool kFast, int kAhead>
 __device__ inline void reduce_k(const Reduction& r, int cluster_rank, int cluster_size, float* shared) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -160,7 +164,8 @@ __device__ inline float cluster_total(cooperative_groups::cluster_group& cluster
   for (int b = 0; b < cluster_size; b += 4) {
     float part[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) part[i] = b + i < cluster_size ? *cluster.map_shared_rank(shared + e, static_cast<unsigned>(b + i)) : 0.0f;
+    for (int i = 0; i < 4; ++i)
+      part[i] = b + i < cluster_size ? *cluster.map_shared_rank(shared + e, static_cast<unsigned>(b + i)) : 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) total += part[i];
   }

@@ -1,5 +1,6 @@
-// lora_expand, lora_fill and lora_backward_x: the products out of rank columns into wide rows (lora_spread.cuh). A block takes 512 columns of one part and up to
-// 32 rows of one group; a warp 64 columns. What is there already is loaded before the products, all of it: bandwidth needs the loads in flight.
+// lora_expand, lora_fill and lora_backward_x: the products out of rank columns into wide rows (lora_spread.cuh). A block takes 512
+// columns of one part and up to 32 rows of one group; a warp 64 columns. What is there already is loaded before the products, all
+// of it: bandwidth needs the loads in flight.
 #include <algorithm>
 
 #include "cuda_ops.h"
@@ -144,8 +145,8 @@ __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
   }
 }
 
-// The fast way for large groups: a block walks down 128 rows of its 512 columns, 16 at a time, with the next 16 rows of `y` and of S on their way and the
-// fragments of the first 16 ranks in registers (further ranks are read again, from L1).
+// The fast way for large groups: a block walks down 128 rows of its 512 columns, 16 at a time, with the next 16 rows of `y` and of
+// S on their way and the fragments of the first 16 ranks in registers (further ranks are read again, from L1).
 template <class T, Product kProduct>
 __global__ void __launch_bounds__(kLoraThreads, 2) stream_kernel(SpreadArgs a) {
   constexpr bool kExpand = kProduct == Product::expand || kProduct == Product::fill;
@@ -217,7 +218,8 @@ __global__ void __launch_bounds__(kLoraThreads, 2) stream_kernel(SpreadArgs a) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
 #pragma unroll
-      for (int t = 0; t < 4; ++t) multiply<T>(sum[n][t], first.a[t][0], first.a[t][1], first.a[t][2], first.a[t][3], b[n].x, b[n].y);
+      for (int t = 0; t < 4; ++t)
+        multiply<T>(sum[n][t], first.a[t][0], first.a[t][1], first.a[t][2], first.a[t][3], b[n].x, b[n].y);
     }
 #pragma unroll 1
     for (int r = 16; r < rank; r += 16) {
@@ -265,8 +267,14 @@ void launch_spread(const LoraGroups& groups, const SpreadArgs& args, int64_t blo
     launch_tiles<T, Y, 1, kProduct, false>(eights.tiles, args, blocks, stream, where);
   } else if (eights.largest <= 8) {
     launch_tiles<T, Y, 1, kProduct, true>(eights.tiles, args, blocks, stream, where);
+  } else if (kStreams && eights.largest <= 64) {
+    launch_tiles<T, Y, 2, kProduct, true>(count_tiles(groups, 16).tiles, args, blocks, stream, where);
   } else if constexpr (kStreams) {
-    Launch{dim3(static_cast<unsigned>(count_tiles(groups, kStreamRows).tiles), static_cast<unsigned>(blocks)), dim3(kLoraThreads), 0, stream, 1,
+    Launch{dim3(static_cast<unsigned>(count_tiles(groups, kStreamRows).tiles), static_cast<unsigned>(blocks)),
+           dim3(kLoraThreads),
+           0,
+           stream,
+           1,
            where}(stream_kernel<T, kProduct>, args);
   } else {
     launch_tiles<T, Y, kTiles, kProduct, true>(count_tiles(groups, kTiles * 8).tiles, args, blocks, stream, where);
@@ -298,8 +306,8 @@ void CudaOps::lora_fill(const LoraLinear& linear, const LoraGroups& groups, Tens
   int64_t end = 0;  // rows without an adapter, between the groups
   const auto clear = [&](int64_t to) {
     if (to > end) {
-      check(cudaMemset2DAsync(y.at(end), static_cast<size_t>(y.ld) * size, 0, static_cast<size_t>(y.cols) * size, static_cast<size_t>(to - end),
-                              stream()),
+      check(cudaMemset2DAsync(y.at(end), static_cast<size_t>(y.ld) * size, 0, static_cast<size_t>(y.cols) * size,
+                              static_cast<size_t>(to - end), stream()),
             "cudaMemset2DAsync");
     }
   };
@@ -313,7 +321,9 @@ void CudaOps::lora_fill(const LoraLinear& linear, const LoraGroups& groups, Tens
   int64_t blocks = 0;
   for (int p = 0; p < linear.parts; ++p) blocks += ceil_div(linear.out[p], kBlockColumns);
   const SpreadArgs args = {call, s.data, s.ld, y.data, y.ld};
-  dispatch_half(dtype_, [&]<class T>() { launch_spread<T, T, Product::fill>(groups, args, blocks, fast_layout(linear, groups, {s, y}), stream()); });
+  dispatch_half(dtype_, [&]<class T>() {
+    launch_spread<T, T, Product::fill>(groups, args, blocks, fast_layout(linear, groups, {s, y}), stream());
+  });
 }
 
 void CudaOps::lora_backward_x(const LoraLinear& linear, const LoraGroups& groups, TensorView ds, TensorView dx) {

@@ -1,8 +1,9 @@
-// The products that start from rank columns: out[rows, n] += scale * S Q^T. S holds rank columns of the batch's rows, Q is an adapter matrix:
-// B [n, R] (expand) or A [R, n] (backward_x, transposed in registers). Bound by the traffic of `out`, which is read and written 16 bytes a lane.
+// The products that start from rank columns: out[rows, n] += scale * S Q^T. S holds rank columns of the batch's rows, Q is an
+// adapter matrix: B [n, R] (expand) or A [R, n] (backward_x, transposed in registers). Bound by the traffic of `out`, which is read
+// and written 16 bytes a lane.
 //
-// A warp owns 64 columns: m-tile t of four, slots g and g + 8, stand for columns 8g + 2t and 8g + 2t + 1, so that a lane ends up with eight
-// neighbouring columns of two rows.
+// A warp owns 64 columns: m-tile t of four, slots g and g + 8, stand for columns 8g + 2t and 8g + 2t + 1, so that a lane ends up
+// with eight neighbouring columns of two rows.
 #pragma once
 
 #include "lora.cuh"
@@ -21,12 +22,14 @@ __device__ inline void load_spread(const void* q_matrix, int n_total, int rank, 
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const uint16_t* m = static_cast<const uint16_t*>(q_matrix);
   if constexpr (!kTransposed && kFast) {
-    // No predicates: columns past the end repeat the last one (they are not stored), ranks past the end the last four (S is zero there).
+    // No predicates: columns past the end repeat the last one (they are not stored), ranks past the end the last four (S is zero
+    // there).
     const int column = min(r + 4 * q, rank - 4);
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       const int n = min(n0 + 8 * g + 2 * t, n_total - 2);
-      const uint2 low = load4<true>(m + int64_t{n} * rank, column, column + 1), high = load4<true>(m + int64_t{n + 1} * rank, column, column + 1);
+      const uint2 low = load4<true>(m + int64_t{n} * rank, column, column + 1),
+                  high = load4<true>(m + int64_t{n + 1} * rank, column, column + 1);
       f.a[t][0] = low.x;
       f.a[t][1] = high.x;
       f.a[t][2] = low.y;
@@ -46,7 +49,8 @@ __device__ inline void load_spread(const void* q_matrix, int n_total, int rank, 
   } else {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // Row j of the block is rank r + 4 (j / 2) + (j % 2) + 2 half: after the transposition lane q has ranks 4q + 2 half and the next.
+      // Row j of the block is rank r + 4 (j / 2) + (j % 2) + 2 half: after the transposition lane q has ranks 4q + 2 half and the
+      // next.
       const int row = r + 4 * (g / 2) + g % 2 + 2 * half;
       const uint16_t* from = m + int64_t{row} * n_total;
       uint4 v0 = {0, 0, 0, 0}, v1 = {0, 0, 0, 0};
@@ -67,11 +71,14 @@ __device__ inline void load_spread(const void* q_matrix, int n_total, int rank, 
 // old + add of eight neighbours in a 16-bit type.
 template <class T>
 __device__ inline uint4 sum8(uint4 old, const float (&add)[8]) {
-  return {pack2<T>(low_float<T>(old.x) + add[0], high_float<T>(old.x) + add[1]), pack2<T>(low_float<T>(old.y) + add[2], high_float<T>(old.y) + add[3]),
-          pack2<T>(low_float<T>(old.z) + add[4], high_float<T>(old.z) + add[5]), pack2<T>(low_float<T>(old.w) + add[6], high_float<T>(old.w) + add[7])};
+  return {pack2<T>(low_float<T>(old.x) + add[0], high_float<T>(old.x) + add[1]),
+          pack2<T>(low_float<T>(old.y) + add[2], high_float<T>(old.y) + add[3]),
+          pack2<T>(low_float<T>(old.z) + add[4], high_float<T>(old.z) + add[5]),
+          pack2<T>(low_float<T>(old.w) + add[6], high_float<T>(old.w) + add[7])};
 }
 
-// Adds eight neighbouring values to out[0 .. 8), or overwrites it; `columns` of them exist. For f32 and for layouts that are not fast.
+// Adds eight neighbouring values to out[0 .. 8), or overwrites it; `columns` of them exist. For f32 and for layouts that are not
+// fast.
 template <class Y, bool kOverwrite, bool kFast>
 __device__ inline void add8(Y* out, const float (&add)[8], int64_t columns) {
 #pragma unroll

@@ -24,15 +24,16 @@ __device__ LossValue loss_of(const LossRow& row, float p) {
 }
 
 template <class D, int N>
-__global__ void loss_kernel(const float* logits, int64_t ld, const LossRow* rows, D* dlogits, int64_t ld_grad, float* logprob, float* loss,
-                            int64_t cols) {
+__global__ void loss_kernel(const float* logits, int64_t ld, const LossRow* rows, D* dlogits, int64_t ld_grad, float* logprob,
+                            float* loss, int64_t cols) {
   __shared__ double shared[kThreads / kWarp];
   const int64_t row = blockIdx.x;
   const float* x = logits + row * ld;
   const RowSum sum = log_sum_exp(x, cols, shared);
   const LossRow target = rows[row];
   const float p = sum.logprob(x[target.target]), log_sum = static_cast<float>(sum.log_sum);
-  const LossValue value = loss_of(target, p);
+  LossValue value = loss_of(target, p);
+  if (!isfinite(value.loss)) value.slope = NAN;  // the row's gradient becomes NaN: the norm tells, and the update is skipped
   if (threadIdx.x == 0) {
     logprob[row] = p;
     loss[row] = value.loss;
@@ -42,7 +43,8 @@ __global__ void loss_kernel(const float* logits, int64_t ld, const LossRow* rows
   for (int64_t c = threadIdx.x * N; c < cols; c += kThreads * N) {
     const Pack<float, N> v = load_pack<float, N>(x + c);
     Pack<D, N> out;
-    for (int i = 0; i < N; ++i) out.v[i] = from_float<D>(value.slope * ((c + i == target.target ? 1.0f : 0.0f) - expf(v.v[i] - sum.top - log_sum)));
+    for (int i = 0; i < N; ++i)
+      out.v[i] = from_float<D>(value.slope * ((c + i == target.target ? 1.0f : 0.0f) - expf(v.v[i] - sum.top - log_sum)));
     store_pack<D, N>(d + c, out);
   }
 }

@@ -1,4 +1,5 @@
-// RMSNorm, with the residual add before it, and its gradient. One block a row; statistics in f32; the second pass over a row comes from L1.
+// RMSNorm, with the residual add before it, and its gradient. One block a row; statistics in f32; the second pass over a row comes
+// from L1.
 #include <algorithm>
 
 #include "common.cuh"
@@ -9,12 +10,15 @@ namespace loquetier::cuda {
 namespace {
 
 // Threads for a row of `vectors` vectors: a warp for short rows, at most 8 warps.
-unsigned threads_for(int64_t vectors) { return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(vectors, kWarp) * kWarp, kWarp, 256)); }
+unsigned threads_for(int64_t vectors) {
+  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(vectors, kWarp) * kWarp, kWarp, 256));
+}
 
-// sum = x + delta (delta null: x alone, sum not written); y = sum * rsqrt(mean(sum^2) + eps) * w. The norm sees the rounded sum, as backward will.
+// sum = x + delta (delta null: x alone, sum not written); y = sum * rsqrt(mean(sum^2) + eps) * w. The norm sees the rounded sum, as
+// backward will.
 template <class T, int N>
-__global__ void norm_kernel(const T* x, int64_t ld_x, const T* delta, int64_t ld_delta, const T* w, float eps, T* sum, int64_t ld_sum, T* y,
-                            int64_t ld_y, int64_t cols) {
+__global__ void norm_kernel(const T* x, int64_t ld_x, const T* delta, int64_t ld_delta, const T* w, float eps, T* sum,
+                            int64_t ld_sum, T* y, int64_t ld_y, int64_t cols) {
   __shared__ float shared[8];
   const int64_t row = blockIdx.x;
   float squares = 0;
@@ -39,8 +43,8 @@ __global__ void norm_kernel(const T* x, int64_t ld_x, const T* delta, int64_t ld
 
 // With r = rsqrt(mean(x^2) + eps) and g = dy * w:  dx += r g - x r^3 mean(g x)
 template <class T, int N>
-__global__ void norm_backward_kernel(const T* x, int64_t ld_x, const T* w, float eps, const T* dy, int64_t ld_dy, T* dx, int64_t ld_dx,
-                                     int64_t cols) {
+__global__ void norm_backward_kernel(const T* x, int64_t ld_x, const T* w, float eps, const T* dy, int64_t ld_dy, T* dx,
+                                     int64_t ld_dx, int64_t cols) {
   __shared__ float shared[8];
   const int64_t row = blockIdx.x;
   float squares = 0, dot = 0;
@@ -75,8 +79,8 @@ void CudaOps::rms_norm(TensorView x, TensorView w, float eps, TensorView y) {
   dispatch_half(dtype_, [&]<class T>() {
     const bool vectors = rows_of_vectors(x) && rows_of_vectors(y) && aligned16(w.data);
     const Launch launch{dim3(static_cast<unsigned>(x.rows)), dim3(threads_for(vectors ? x.cols / 8 : x.cols)), 0, stream()};
-    launch(vectors ? norm_kernel<T, 8> : norm_kernel<T, 1>, static_cast<const T*>(x.data), x.ld, nullptr, 0, static_cast<const T*>(w.data),
-           eps, nullptr, 0, static_cast<T*>(y.data), y.ld, x.cols);
+    launch(vectors ? norm_kernel<T, 8> : norm_kernel<T, 1>, static_cast<const T*>(x.data), x.ld, nullptr, 0,
+           static_cast<const T*>(w.data), eps, nullptr, 0, static_cast<T*>(y.data), y.ld, x.cols);
   });
 }
 
@@ -92,8 +96,8 @@ void CudaOps::add_rms_norm(TensorView x, TensorView delta, TensorView w, float e
     const bool vectors =
         rows_of_vectors(x) && rows_of_vectors(delta) && rows_of_vectors(sum) && rows_of_vectors(y) && aligned16(w.data);
     const Launch launch{dim3(static_cast<unsigned>(x.rows)), dim3(threads_for(vectors ? x.cols / 8 : x.cols)), 0, stream()};
-    launch(vectors ? norm_kernel<T, 8> : norm_kernel<T, 1>, static_cast<const T*>(x.data), x.ld, static_cast<const T*>(delta.data), delta.ld,
-           static_cast<const T*>(w.data), eps, static_cast<T*>(sum.data), sum.ld, static_cast<T*>(y.data), y.ld, x.cols);
+    launch(vectors ? norm_kernel<T, 8> : norm_kernel<T, 1>, static_cast<const T*>(x.data), x.ld, static_cast<const T*>(delta.data),
+           delta.ld, static_cast<const T*>(w.data), eps, static_cast<T*>(sum.data), sum.ld, static_cast<T*>(y.data), y.ld, x.cols);
   });
 }
 

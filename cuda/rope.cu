@@ -1,5 +1,5 @@
-// Rotary positions on the q and k columns of qkv, with the q/k norm before and the write of k and v into the KV pages after; and the gradient.
-// A warp owns one head of one row: its lanes hold the D columns, so norm, rotation and page write need one pass.
+// Rotary positions on the q and k columns of qkv, with the q/k norm before and the write of k and v into the KV pages after; and
+// the gradient. A warp owns one head of one row: its lanes hold the D columns, so norm, rotation and page write need one pass.
 #include "common.cuh"
 #include "cuda_ops.h"
 
@@ -9,8 +9,8 @@ namespace {
 
 constexpr int kWarps = 8;
 
-__global__ void rope_table_kernel(const int32_t* positions, const float* inv_freq, float factor, float* cos_sin, int64_t ld, int64_t rows,
-                                  int half) {
+__global__ void rope_table_kernel(const int32_t* positions, const float* inv_freq, float factor, float* cos_sin, int64_t ld,
+                                  int64_t rows, int half) {
   const int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   if (i >= rows * half) return;
   const int64_t row = i / half;
@@ -33,7 +33,7 @@ struct RopeArgs {
   const T* q_norm;  // [D] or null
   const T* k_norm;
   float eps;
-  T* raw;           // [raw_rows, (Q + K) D] or null
+  T* raw;  // [raw_rows, (Q + K) D] or null
   int64_t ld_raw;
   int64_t raw_rows;
   const int32_t* kv_slots;
@@ -159,18 +159,32 @@ void CudaOps::rope(TensorView qkv, const AttentionShape& shape, TensorView cos_s
   }
   const bool pages = kv_slots != nullptr && kv.k != nullptr;
   if (pages) {
-    require(kv_shape.kv_heads == shape.kv_heads && kv_shape.head_size == shape.head_size, "[rope] kv: expected pages of ", shape.kv_heads,
-            " heads of ", shape.head_size, ", got ", kv_shape.kv_heads, " of ", kv_shape.head_size);
+    require(kv_shape.kv_heads == shape.kv_heads && kv_shape.head_size == shape.head_size, "[rope] kv: expected pages of ",
+            shape.kv_heads, " heads of ", shape.head_size, ", got ", kv_shape.kv_heads, " of ", kv_shape.head_size);
   }
   if (qkv.rows == 0) return;
   device_.use();
   dispatch_half(dtype_, [&]<class T>() {
-    const RopeArgs<T> args = {static_cast<T*>(qkv.data), qkv.ld, qkv.rows, shape.q_heads, shape.kv_heads, shape.head_size,
-                              static_cast<const float*>(cos_sin.data), cos_sin.ld, static_cast<const T*>(q_norm.data),
-                              static_cast<const T*>(k_norm.data), eps, static_cast<T*>(raw.data), raw.ld, raw.rows,
-                              pages ? kv_slots : nullptr, static_cast<T*>(kv.k), static_cast<T*>(kv.v)};
+    const RopeArgs<T> args = {static_cast<T*>(qkv.data),
+                              qkv.ld,
+                              qkv.rows,
+                              shape.q_heads,
+                              shape.kv_heads,
+                              shape.head_size,
+                              static_cast<const float*>(cos_sin.data),
+                              cos_sin.ld,
+                              static_cast<const T*>(q_norm.data),
+                              static_cast<const T*>(k_norm.data),
+                              eps,
+                              static_cast<T*>(raw.data),
+                              raw.ld,
+                              raw.rows,
+                              pages ? kv_slots : nullptr,
+                              static_cast<T*>(kv.k),
+                              static_cast<T*>(kv.v)};
     const int heads = shape.q_heads + shape.kv_heads * (pages ? 2 : 1);
-    Launch{dim3(static_cast<unsigned>(ceil_div(qkv.rows * heads, kWarps))), dim3(kWarps * kWarp), 0, stream()}(rope_kernel<T>, args, heads);
+    Launch{dim3(static_cast<unsigned>(ceil_div(qkv.rows * heads, kWarps))), dim3(kWarps * kWarp), 0, stream()}(rope_kernel<T>, args,
+                                                                                                               heads);
   });
 }
 
@@ -188,13 +202,26 @@ void CudaOps::rope_backward(TensorView dqkv, const AttentionShape& shape, Tensor
   if (dqkv.rows == 0) return;
   device_.use();
   dispatch_half(dtype_, [&]<class T>() {
-    const RopeArgs<T> args = {static_cast<T*>(dqkv.data), dqkv.ld, dqkv.rows, shape.q_heads, shape.kv_heads, shape.head_size,
-                              static_cast<const float*>(cos_sin.data), cos_sin.ld, static_cast<const T*>(q_norm.data),
-                              static_cast<const T*>(k_norm.data), eps, static_cast<T*>(raw.data), raw.ld, raw.rows, nullptr, nullptr,
+    const RopeArgs<T> args = {static_cast<T*>(dqkv.data),
+                              dqkv.ld,
+                              dqkv.rows,
+                              shape.q_heads,
+                              shape.kv_heads,
+                              shape.head_size,
+                              static_cast<const float*>(cos_sin.data),
+                              cos_sin.ld,
+                              static_cast<const T*>(q_norm.data),
+                              static_cast<const T*>(k_norm.data),
+                              eps,
+                              static_cast<T*>(raw.data),
+                              raw.ld,
+                              raw.rows,
+                              nullptr,
+                              nullptr,
                               nullptr};
     const int heads = shape.q_heads + shape.kv_heads;
-    Launch{dim3(static_cast<unsigned>(ceil_div(dqkv.rows * heads, kWarps))), dim3(kWarps * kWarp), 0, stream()}(rope_backward_kernel<T>,
-                                                                                                              args, heads);
+    Launch{dim3(static_cast<unsigned>(ceil_div(dqkv.rows * heads, kWarps))), dim3(kWarps * kWarp), 0, stream()}(
+        rope_backward_kernel<T>, args, heads);
   });
 }
 

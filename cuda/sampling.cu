@@ -1,9 +1,10 @@
-// Sampling: one block a row, the row's logits read from L2 a few times. The kept set of min-p, top-k and top-p is always "every token above a
-// threshold, and of those that equal it the ones with the lowest ids", so it is found by narrowing the threshold, three bits a pass, with counts
-// and probability masses in integers (fixed point): no sort, no atomics whose order matters, the same result whoever is in the batch.
+// Sampling: one block a row, the row's logits read from L2 a few times. The kept set of min-p, top-k and top-p is always "every
+// token above a threshold, and of those that equal it the ones with the lowest ids", so it is found by narrowing the threshold,
+// three bits a pass, with counts and probability masses in integers (fixed point): no sort, no atomics whose order matters, the
+// same result whoever is in the batch.
 //
-// Log-probabilities are of the logits as they came in. Tokens that bias, forbidden lists or penalties change are few, so their old values are
-// put aside in scratch before the change.
+// Log-probabilities are of the logits as they came in. Tokens that bias, forbidden lists or penalties change are few, so their old
+// values are put aside in scratch before the change.
 #include <algorithm>
 
 #include "common.cuh"
@@ -27,7 +28,9 @@ __device__ inline uint32_t key_of(float x) {
 }
 
 // Largest value first, lowest token on ties, as one integer to maximise.
-__device__ inline uint64_t ranked(float x, int64_t token) { return uint64_t{key_of(x)} << 32 | (0xffffffffu - static_cast<uint32_t>(token)); }
+__device__ inline uint64_t ranked(float x, int64_t token) {
+  return uint64_t{key_of(x)} << 32 | (0xffffffffu - static_cast<uint32_t>(token));
+}
 __device__ inline int32_t token_of(uint64_t rank) { return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(rank)); }
 
 __device__ inline uint64_t block_max_u64(uint64_t x, uint64_t* shared) {
@@ -56,8 +59,8 @@ struct Row {
   __device__ uint64_t mass(float z) const { return static_cast<uint64_t>(static_cast<double>(expf(z - top)) * kMassUnit); }
 };
 
-// Narrows `kept` to its smallest set of highest keys whose weight reaches `target`. weight(z) is 1 (top-k) or a mass (top-p); equal keys weigh
-// the same. The whole of `kept` weighs at least `target`, which is at least 1.
+// Narrows `kept` to its smallest set of highest keys whose weight reaches `target`. weight(z) is 1 (top-k) or a mass (top-p); equal
+// keys weigh the same. The whole of `kept` weighs at least `target`, which is at least 1.
 template <class Weight>
 __device__ void narrow(const Row& row, Kept& kept, uint64_t target, Weight weight, uint64_t* shared) {
   uint32_t base = 0;
@@ -128,7 +131,7 @@ struct SampleArgs {
   int64_t ld_top_ids;
   float* top_logprobs;
   int64_t ld_top_logprobs;
-  float* aside;    // [n, entries] old logits of changed tokens
+  float* aside;  // [n, entries] old logits of changed tokens
   int64_t entries;
 };
 
@@ -154,10 +157,13 @@ __device__ void clear(uint32_t* seen, int64_t cols) {
   __syncthreads();
 }
 // True for the one thread that marks the token first.
-__device__ bool mark(uint32_t* seen, int32_t token) { return (atomicOr(&seen[token / 32], 1u << (token % 32)) >> (token % 32) & 1u) == 0; }
+__device__ bool mark(uint32_t* seen, int32_t token) {
+  return (atomicOr(&seen[token / 32], 1u << (token % 32)) >> (token % 32) & 1u) == 0;
+}
 
 // `seen`: one bit a token, shared memory.
-__device__ void apply_changes(const SampleArgs& a, const SampleRow& row, const Changes& changes, float* logits, float* aside, uint32_t* seen) {
+__device__ void apply_changes(const SampleArgs& a, const SampleRow& row, const Changes& changes, float* logits, float* aside,
+                              uint32_t* seen) {
   const int64_t count = changes.count();
   clear(seen, a.cols);
   for (int64_t j = threadIdx.x; j < count; j += kThreads) {
@@ -176,12 +182,14 @@ __device__ void apply_changes(const SampleArgs& a, const SampleRow& row, const C
     clear(seen, a.cols);
     for (int i = threadIdx.x; i < row.prompt_length + row.output_length; i += kThreads) {
       const int32_t token = history[i];
-      if (mark(seen, token)) logits[token] = logits[token] > 0 ? logits[token] / row.repetition_penalty : logits[token] * row.repetition_penalty;
+      if (mark(seen, token))
+        logits[token] = logits[token] > 0 ? logits[token] / row.repetition_penalty : logits[token] * row.repetition_penalty;
     }
   }
   clear(seen, a.cols);
   // Every occurrence subtracts the same number, so the order does not show; the presence penalty comes after all of them.
-  for (int i = threadIdx.x; i < row.output_length; i += kThreads) atomicAdd(&logits[history[row.prompt_length + i]], -row.frequency_penalty);
+  for (int i = threadIdx.x; i < row.output_length; i += kThreads)
+    atomicAdd(&logits[history[row.prompt_length + i]], -row.frequency_penalty);
   __syncthreads();
   for (int i = threadIdx.x; i < row.output_length; i += kThreads) {
     const int32_t token = history[row.prompt_length + i];
@@ -213,7 +221,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {
     }
   }
 
-  const Changes changes = {row, a.batch, row.repetition_penalty != 1.0f || row.presence_penalty != 0.0f || row.frequency_penalty != 0.0f};
+  const Changes changes = {row, a.batch,
+                           row.repetition_penalty != 1.0f || row.presence_penalty != 0.0f || row.frequency_penalty != 0.0f};
   float* aside = a.aside + index * a.entries;
   if (changes.count() > 0) {
     __syncthreads();
@@ -243,7 +252,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {
         total += kept.has(key_of(z), t) ? scaled.mass(z) : 0;
       }
       total = block_sum(total, shared);
-      const uint64_t target = max(uint64_t{1}, static_cast<uint64_t>(ceil(static_cast<double>(row.top_p) * static_cast<double>(total))));
+      const uint64_t target =
+          max(uint64_t{1}, static_cast<uint64_t>(ceil(static_cast<double>(row.top_p) * static_cast<double>(total))));
       narrow(scaled, kept, min(target, total), [&](float z) { return scaled.mass(z); }, shared);
     }
     best = 0;
@@ -284,16 +294,26 @@ void CudaOps::sample(TensorView logits, const SampleBatch& batch, int32_t* ids, 
   for (int i = 0; i < batch.count; ++i) {
     const SampleRow& row = batch.host_rows[i];
     require(row.temperature >= 0, "[sample] row ", i, ": expected a temperature >= 0, got ", row.temperature);
-    require(row.top_logprobs <= std::min(top_ids.data != nullptr ? top_ids.cols : 0, logits.cols) || row.top_logprobs == 0, "[sample] row ", i,
-            ": expected top_logprobs of at most ", top_ids.data != nullptr ? top_ids.cols : 0, ", got ", row.top_logprobs);
+    require(row.top_logprobs <= std::min(top_ids.data != nullptr ? top_ids.cols : 0, logits.cols) || row.top_logprobs == 0,
+            "[sample] row ", i, ": expected top_logprobs of at most ", top_ids.data != nullptr ? top_ids.cols : 0, ", got ",
+            row.top_logprobs);
     entries = std::max(entries, int64_t{row.bias_count} + row.forbidden_count + row.prompt_length + row.output_length);
   }
   device_.use();
   const size_t seen = static_cast<size_t>(ceil_div(logits.cols, 32)) * sizeof(uint32_t);
   float* aside = static_cast<float*>(sample_scratch_.get(static_cast<size_t>(entries * batch.count + 1) * sizeof(float)));
-  const SampleArgs args = {static_cast<float*>(logits.data), logits.ld, logits.cols, batch, ids, logprob,
-                           static_cast<int32_t*>(top_ids.data), top_ids.ld, static_cast<float*>(top_logprobs.data), top_logprobs.ld,
-                           aside, entries};
+  const SampleArgs args = {static_cast<float*>(logits.data),
+                           logits.ld,
+                           logits.cols,
+                           batch,
+                           ids,
+                           logprob,
+                           static_cast<int32_t*>(top_ids.data),
+                           top_ids.ld,
+                           static_cast<float*>(top_logprobs.data),
+                           top_logprobs.ld,
+                           aside,
+                           entries};
   Launch{dim3(static_cast<unsigned>(batch.count)), dim3(kThreads), seen, stream()}(sample_kernel, args);
 }
 

@@ -1,5 +1,5 @@
-// Log-softmax of one row of logits. Sampling and losses use this one function, so the log-probability of a sampled token equals, bit for bit, the one
-// that training computes for it.
+// Log-softmax of one row of logits. Sampling and losses use this one function, so the log-probability of a sampled token equals,
+// bit for bit, the one that training computes for it.
 #pragma once
 
 #include "common.cuh"

@@ -1,5 +1,6 @@
 // The engine on a GPU against the engine on the CPU: the same model, the same adapters, the same calls. Needs a CUDA device.
-//   cuda_engine_tests [filter] --model <folder of a trained Llama-family checkpoint> --adapters <folder of PEFT folders for it> [--dtype bf16|f16]
+//   cuda_engine_tests [filter] --model <folder of a trained Llama-family checkpoint> --adapters <folder of PEFT folders for it>
+//   [--dtype bf16|f16]
 // Without --model a random model is used. Bounds are those of the design for 16-bit compute: 2e-2 end to end.
 #include <algorithm>
 #include <cmath>
@@ -158,7 +159,8 @@ TEST(evaluation_and_prompt_logprobs_agree) {
 }
 
 TEST(generated_tokens_and_their_logprobs_agree) {
-  // Tokens of the GPU, judged by the CPU: what the GPU chose greedily has, on the CPU, nearly the best log-probability, and the same one.
+  // Tokens of the GPU, judged by the CPU: what the GPU chose greedily has, on the CPU, nearly the best log-probability, and the
+  // same one.
   Engine cpu(model(), options_for("cpu")), cuda(model(), options_for("cuda"));
   for (Engine* e : {&cpu, &cuda}) add_adapters(*e);
   std::mt19937 random(9);
@@ -168,7 +170,8 @@ TEST(generated_tokens_and_their_logprobs_agree) {
     int64_t id = 0;
   };
   std::vector<Request> requests;
-  for (int i = 0; i < 20; ++i) requests.push_back({i % 5 == 4 ? "" : std::string(1, static_cast<char>('a' + i % 4)), tokens(random, 3 + i * 4)});
+  for (int i = 0; i < 20; ++i)
+    requests.push_back({i % 5 == 4 ? "" : std::string(1, static_cast<char>('a' + i % 4)), tokens(random, 3 + i * 4)});
   for (Request& r : requests) {
     InferOptions infer;
     infer.adapter = r.adapter;
@@ -207,7 +210,8 @@ TEST(training_beside_serving_agrees) {
     train.optimizer = AdamW{.lr = 1e-3, .weight_decay = 0.01, .max_grad_norm = 1.0};
     std::vector<int64_t> jobs = {first};
     for (int step = 0; step < 30; ++step) {
-      for (const char* name : {"a", "b", "c"}) jobs.push_back(engine.submit_train(name, examples(static_cast<uint32_t>(100 + step), 4, 60), train));
+      for (const char* name : {"a", "b", "c"})
+        jobs.push_back(engine.submit_train(name, examples(static_cast<uint32_t>(100 + step), 4, 60), train));
       InferOptions infer;
       infer.adapter = "d";
       infer.sampling.max_tokens = 5;
@@ -221,7 +225,8 @@ TEST(training_beside_serving_agrees) {
     masters[side] = flat(engine, "b", "master");
     ++side;
   }
-  std::printf("  loss of b: %.4f -> %.4f on the GPU\n", static_cast<double>(losses[1][1]), static_cast<double>(losses[1][losses[1].size() - 2]));
+  std::printf("  loss of b: %.4f -> %.4f on the GPU\n", static_cast<double>(losses[1][1]),
+              static_cast<double>(losses[1][losses[1].size() - 2]));
   check_distance("gradients", gradients[1], gradients[0], 3e-2);
   check_distance("losses", losses[1], losses[0], 2e-2);
   check_distance("master weights after 30 updates", masters[1], masters[0], 2e-2);

@@ -1,5 +1,6 @@
-// What a backend fuses beyond the op table, against the reference and against its own single operations: linear_lora with one-row, small and large groups,
-// rows without adapters, mixed ranks and dropout. Same options as op_tests: --backend cpu|cuda, --dtype, --seed.
+// What a backend fuses beyond the op table, against the reference and against its own single operations: linear_lora with one-row,
+// small and large groups, rows without adapters, mixed ranks and dropout. Same options as op_tests: --backend cpu|cuda, --dtype,
+// --seed.
 #include "op_cases_lora.h"
 #include "op_harness.h"
 
@@ -11,10 +12,15 @@ namespace {
 std::vector<LoraShape> fused_shapes() {
   std::vector<LoraShape> shapes = lora_shapes(true);
   shapes.push_back({"one group of 64", 64, 512, {256, 64, 64}, {{0, 64, {16, 16, 16}, 0}}});
-  shapes.push_back({"small groups with gaps", 70, 1040, {192, 128}, {{2, 9, {16, 16}, 0}, {11, 33, {8, 0}, 0}, {50, 1, {4, 12}, 0}, {60, 8, {1, 3}, 0}}});
+  shapes.push_back({"small groups with gaps",
+                    70,
+                    1040,
+                    {192, 128},
+                    {{2, 9, {16, 16}, 0}, {11, 33, {8, 0}, 0}, {50, 1, {4, 12}, 0}, {60, 8, {1, 3}, 0}}});
   shapes.push_back({"rank 64", 40, 256, {1536}, {{0, 17, {64}, 0}, {17, 23, {48}, 0}}});
   shapes.push_back({"large groups with gaps", 1200, 128, {64, 136}, {{5, 700, {16, 8}, 0}, {800, 390, {0, 24}, 0}}});
-  shapes.push_back({"large and one-row groups", 900, 128, {72}, {{0, 600, {16}, 0.1}, {600, 290, {8}, 0}, {890, 1, {8}, 0}, {891, 1, {32}, 0}}});
+  shapes.push_back(
+      {"large and one-row groups", 900, 128, {72}, {{0, 600, {16}, 0.1}, {600, 290, {8}, 0}, {890, 1, {8}, 0}, {891, 1, {32}, 0}}});
   return shapes;
 }
 
@@ -30,9 +36,8 @@ TEST(linear_lora_against_the_reference) {
       OnDevice dx(rig, x), dw(rig, w), dbias(rig, bias);
       for (const bool with_bias : {false, true}) {
         OnDevice s(rig, shape.rows, rank), y(rig, shape.rows, lora.columns);
-        run_twice({&s, &y}, [&] {
-          rig.ops().linear_lora(dx, dw, with_bias ? dbias.view() : TensorView{}, lora.linear, lora.groups, s, y);
-        });
+        run_twice({&s, &y},
+                  [&] { rig.ops().linear_lora(dx, dw, with_bias ? dbias.view() : TensorView{}, lora.linear, lora.groups, s, y); });
         Host want_s(shape.rows, rank, kUntouched), want = reference::linear(x, w, with_bias ? bias : none);
         reference::lora_shrink(lora.host, x, want_s);
         expect("linear_lora s" + label, s.get(), want_s, rig.bound(3e-6));
@@ -63,7 +68,8 @@ TEST(linear_lora_refuses_bad_shapes) {
     const auto before = y.download();
     CHECK_THROWS(InvalidArgument, "y: expected [4, 32]", rig.ops().linear_lora(dx, dw, {}, lora.linear, lora.groups, s, y));
     OnDevice good(rig, 4, 32);
-    CHECK_THROWS(InvalidArgument, "s: expected at least 8 columns", rig.ops().linear_lora(dx, dw, {}, lora.linear, lora.groups, narrow, good));
+    CHECK_THROWS(InvalidArgument, "s: expected at least 8 columns",
+                 rig.ops().linear_lora(dx, dw, {}, lora.linear, lora.groups, narrow, good));
     CHECK(y.download() == before);
   });
 }
