@@ -280,8 +280,10 @@ void CpuOps::lora_backward_weights(const LoraLinear& linear, const LoraGroups& g
       const int32_t p = item.part % kForA;
       const LoraPart& part = item.group->host_sites[linear.site].part[p];
       const LoraGradPart& grad = item.group->host_grads[linear.site].part[p];
-      for (int64_t t = 0; t < item.rows; t += kWeightDepth) {
-        const int64_t row = item.row + t, depth = std::min(kWeightDepth, item.rows - t);
+      // Deterministic: row by row, so that the sum does not depend on how a mini-batch was cut into micro-batches.
+      const int64_t step = deterministic_ ? 1 : kWeightDepth;
+      for (int64_t t = 0; t < item.rows; t += step) {
+        const int64_t row = item.row + t, depth = std::min(step, item.rows - t);
         workspace.rewind();
         if (item.part < kForA) {
           run(kernels_, workspace,
