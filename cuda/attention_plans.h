@@ -1,4 +1,4 @@
-// cuDNN's attention behind a plain face, so that its headers stay in one file (attention.cpp, which holds the facts to know).
+// cuDNN's attention behind a plain face, so that its headers stay in one file (attention_cudnn.cpp, which holds the facts to know).
 #pragma once
 
 #include <cuda_runtime.h>

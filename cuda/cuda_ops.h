@@ -1,9 +1,9 @@
-// The CUDA backend's class. Each topic has its own file: device.cpp, cuda_ops.cpp (construction), linear.cpp, elementwise.cu,
-// norm.cu, rope.cu, lora_*.cu, attention.cpp (cuDNN) and attention_plain.cu (any shape), loss.cu, sampling.cu, adamw.cu.
+// The CUDA backend's class. Each topic has its own file: device.cpp, linear.cpp (construction, products), elementwise.cu, norm.cu,
+// rope.cu, lora_*.cu, attention.cpp with attention_cudnn.cpp and attention_plain.cu (any shape), loss.cu, sampling.cu, adamw.cu.
 //
-// Every op runs on one stream, allocates nothing and waits for nothing, so it can be captured in a CUDA graph. Two things are made
-// at first use, outside of any capture: attention plans (cuDNN compiles them) and scratch that a larger problem than any before
-// needs.
+// Ops are ordered on one stream (a branch may run beside it inside an op), allocate nothing and wait for nothing, so they can be
+// captured in a CUDA graph. Two things are made at first use, before any capture: attention plans (cuDNN compiles them), and
+// scratch when a problem needs more than any before it.
 #pragma once
 
 #include <cublasLt.h>
@@ -69,7 +69,7 @@ class Scratch {
   Buffer buffer_;
 };
 
-class AttentionPlans;  // attention.cpp: cuDNN's plans; null where cuDNN is not to be had
+class AttentionPlans;  // attention_cudnn.cpp
 
 class CudaOps final : public Ops {
  public:
@@ -144,7 +144,6 @@ class CudaOps final : public Ops {
   std::unordered_map<LinearKey, cublasLtMatmulAlgo_t, LinearKeyHash> linear_algorithms_;
   Scratch sample_scratch_;  // logits of tokens that bias or penalties change
   Scratch norm_scratch_;    // partial sums of gradient norms
-  Scratch lora_scratch_;    // partial sums of dA, dB
   Scratch attention_scratch_;
   std::unique_ptr<AttentionPlans> attention_plans_;
   // A branch beside the main stream: shrink runs on it while the base product runs.

@@ -1,0 +1,417 @@
+// cuDNN's attention plans. cudnn-frontend is included here only: it takes a minute to compile.
+//
+// Facts the code rests on (measured on an H200 with cuDNN 9.19):
+// * Lengths, offsets and page tables are device tensors, so one plan serves every batch up to its bucket of sequences; empty
+//   sequences are fine.
+// * Decode rows have plans of their own with one query a sequence. A dense one writes every row of its bucket, so it runs only when
+//   the bucket is full; otherwise a ragged one (8 % slower) leaves the rows past the last alone.
+// * A plan compiles at its first use: 0.4 - 1.4 s for the first of a kind in a process, 40 - 80 ms for the next.
+// * One-row sequences alone (max 1) are refused by the packed graphs; the plain kernels take them.
+// * Masked keys are multiplied by a probability of zero, so all it reads must be numbers (see RaggedTables).
+// * Offsets count elements in 32 bits, so rows * ld must stay below 2^31.
+// cuDNN below 9.19 is refused: its ragged paged path is correct but many times slower.
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <filesystem>
+#include <map>
+#include <unordered_map>
+#include <vector>
+
+#define NV_CUDNN_FRONTEND_USE_DYNAMIC_LOADING
+#include <cudnn_frontend.h>
+
+#include "attention_plain.h"
+#include "attention_plans.h"
+#include "core/check.h"
+#include "cuda_check.h"
+#include "cuda_ops.h"
+
+namespace cudnn_frontend {
+void* cudnn_dlhandle = nullptr;  // the name the frontend looks functions up in
+}
+
+namespace loquetier::cuda {
+
+namespace {
+
+namespace fe = cudnn_frontend;
+
+constexpr size_t kMinCudnn = 91900;
+
+// The copy that the process already uses, then the one of the Python wheel beside this library, then the system's.
+void load_cudnn() {
+  if (fe::cudnn_dlhandle != nullptr) return;
+  void* handle = dlopen("libcudnn.so.9", RTLD_NOW | RTLD_NOLOAD);
+  Dl_info here = {};
+  if (handle == nullptr && dladdr(reinterpret_cast<const void*>(&load_cudnn), &here) != 0 && here.dli_fname != nullptr) {
+    // site-packages/loquetier_core/lib/this.so and site-packages/nvidia/cudnn/lib/libcudnn.so.9
+    const std::filesystem::path folder = std::filesystem::absolute(here.dli_fname).parent_path();
+    handle = dlopen((folder / "../../nvidia/cudnn/lib/libcudnn.so.9").lexically_normal().c_str(), RTLD_NOW);
+  }
+  if (handle == nullptr) handle = dlopen("libcudnn.so.9", RTLD_NOW);
+  if (handle == nullptr) {
+    const char* reason = dlerror();
+    throw DeviceError(concat("[cuda] cuDNN 9.19 or newer is needed: ", reason != nullptr ? reason : "libcudnn.so.9 not found",
+                             "; pip install \"loquetier-core[cuda]\""));
+  }
+  fe::cudnn_dlhandle = handle;
+  const size_t version = fe::detail::get_backend_version();
+  if (version < kMinCudnn) {
+    fe::cudnn_dlhandle = nullptr;
+    throw DeviceError(concat("[cuda] cuDNN: expected version 9.19 or newer, got ", version / 10000, ".", version / 100 % 100, ".",
+                             version % 100, "; pip install \"loquetier-core[cuda]\""));
+  }
+}
+
+void check(fe::error_t error, const char* what) {
+  require<DeviceError>(error.is_good(), "[attention] cuDNN, ", what, ": ", error.get_message());
+}
+
+int bucket_of(int n, bool decode) {
+  const int power = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::max(n, 1))));
+  const int between = power / 4 * 3;  // decode plans are picky about their batch: 12, 24, 48, 96, … as well
+  return decode && power >= 16 && n <= between ? between : power;
+}
+
+enum Uid : int64_t {
+  kQ = 1,
+  kK,
+  kV,
+  kO,
+  kStats,
+  kDo,
+  kDq,
+  kDk,
+  kDv,
+  kSeqQ,
+  kSeqKv,
+  kTable,
+  kTableV,
+  kOffQ,
+  kOffK,
+  kOffV,
+  kOffO,
+  kOffStats,
+  kOffDo,
+  kOffDq,
+  kOffDk,
+  kOffDv
+};
+
+struct PlanKey {
+  enum Kind : int64_t { decode_dense, decode_ragged, chunk, packed, backward };
+  std::array<int64_t, 18> v;
+  bool operator<(const PlanKey& other) const { return v < other.v; }
+};
+
+struct AttentionPlan {
+  fe::graph::Graph graph;
+  int64_t workspace = 0;
+};
+
+using Tensor = std::shared_ptr<fe::graph::Tensor_attributes>;
+
+class CudnnPlans final : public AttentionPlans {
+ public:
+  CudnnPlans(CudaDevice& device, DType dtype, bool deterministic)
+      : dtype_(dtype == DType::bf16 ? fe::DataType_t::BFLOAT16 : fe::DataType_t::HALF), deterministic_(deterministic) {
+    load_cudnn();
+    require<DeviceError>(fe::detail::create_handle(&handle_) == CUDNN_STATUS_SUCCESS, "[cuda] cuDNN does not start");
+    const auto set_stream =
+        reinterpret_cast<cudnnStatus_t (*)(cudnnHandle_t, cudaStream_t)>(dlsym(fe::cudnn_dlhandle, "cudnnSetStream"));
+    require<DeviceError>(set_stream != nullptr && set_stream(handle_, device.stream()) == CUDNN_STATUS_SUCCESS,
+                         "[cuda] cudnnSetStream failed");
+  }
+  ~CudnnPlans() override {
+    plans_.clear();
+    if (handle_ != nullptr) fe::detail::destroy_handle(handle_);
+  }
+
+  bool takes_paged(TensorView q, const KvLayer& kv, const KvShape& kv_shape, const AttentionShape& shape,
+                   TensorView out) const override {
+    const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+    return takes(shape, {q, out}) && aligned(kv.k) && aligned(kv.v) &&
+           std::has_single_bit(static_cast<unsigned>(kv_shape.page_size));
+  }
+  bool takes_packed(TensorView q, TensorView k, TensorView v, const AttentionShape& shape, TensorView out) const override {
+    return takes(shape, {q, k, v, out});
+  }
+
+  void paged(cudaStream_t stream, Scratch& scratch, TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,
+             int32_t first, int32_t count, const AttentionShape& shape, TensorView out) override {
+    int max_rows = 0;
+    bool adjacent = true;
+    for (int i = first; i < first + count; ++i) {
+      max_rows = std::max(max_rows, batch.host_rows[i]);
+      adjacent = adjacent && batch.host_row_begin[i] == batch.host_row_begin[first] + (i - first);
+    }
+    const bool decode = max_rows == 1;
+    const int b = bucket_of(count, decode),
+              pages = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::max(batch.max_pages, 1))));
+    const bool dense = decode && adjacent && b == count;
+    const int max_q = decode ? 1 : std::max(128, bucket_of(max_rows, false));
+    const PlanKey key = {{decode ? (dense ? PlanKey::decode_dense : PlanKey::decode_ragged) : PlanKey::chunk, b, max_q, pages,
+                          shape.q_heads, shape.kv_heads, shape.head_size, std::bit_cast<int32_t>(shape.scale), q.ld, out.ld,
+                          kv_shape.pages, kv_shape.page_size}};
+    const int64_t d = shape.head_size;
+    AttentionPlan& plan = get(key, [&](fe::graph::Graph& graph) {
+      const auto ragged = [&](Uid uid) { return dense ? nullptr : offset(graph, uid, b); };
+      const Tensor tq = rows_tensor(graph, kQ, b, shape.q_heads, max_q, d, q.ld, ragged(kOffQ));
+      const std::vector<int64_t> dims = {kv_shape.pages, shape.kv_heads, kv_shape.page_size, d};
+      const std::vector<int64_t> strides = {kv_shape.page_size * shape.kv_heads * d, d, shape.kv_heads * d, 1};
+      const Tensor tk = tensor(graph, kK, dims, strides), tv = tensor(graph, kV, dims, strides);
+      auto options = fe::graph::SDPA_attributes()
+                         .set_name("paged")
+                         .set_generate_stats(false)
+                         .set_attn_scale(shape.scale)
+                         .set_padding_mask(true)
+                         .set_seq_len_q(ints(graph, kSeqQ, {b, 1, 1, 1}))
+                         .set_seq_len_kv(ints(graph, kSeqKv, {b, 1, 1, 1}))
+                         .set_paged_attention_k_table(ints(graph, kTable, {b, 1, pages, 1}))
+                         .set_paged_attention_v_table(ints(graph, kTableV, {b, 1, pages, 1}))
+                         .set_paged_attention_max_seq_len_kv(pages * kv_shape.page_size);
+      if (!decode) options.set_diagonal_alignment(fe::DiagonalAlignment_t::BOTTOM_RIGHT).set_diagonal_band_right_bound(0);
+      auto [to, stats] = graph.sdpa(tq, tk, tv, options);
+      output(to, kO, b, shape.q_heads, max_q, d, out.ld, ragged(kOffO));
+    });
+
+    std::unordered_map<int64_t, void*> pack = {{kQ, q.data}, {kK, kv.k}, {kV, kv.v}, {kO, out.data}};
+    RaggedTables tables = base_tables(count, b, batch.row_begin + first, batch.rows + first, nullptr, batch.kv_len + first);
+    tables.page_table = batch.page_table + int64_t{first} * batch.max_pages;
+    tables.kv = kv;
+    tables.page_size = kv_shape.page_size;
+    tables.slot_elements = int64_t{shape.kv_heads} * d;
+    tables.max_pages = batch.max_pages;
+    tables.plan_pages = pages;
+    std::byte* at = carve(tables, scratch, plan, int64_t{b} * pages);
+    tables.plan_table = reinterpret_cast<int32_t*>(at);
+    if (dense) {
+      pack[kQ] = q.at(batch.host_row_begin[first]);
+      pack[kO] = out.at(batch.host_row_begin[first]);
+    } else {
+      add_offset(tables, pack, kOffQ, q.ld, false);
+      add_offset(tables, pack, kOffO, out.ld, false);
+    }
+    pack[kSeqQ] = tables.q_len;
+    pack[kSeqKv] = tables.kv_len;
+    pack[kTable] = pack[kTableV] = tables.plan_table;
+    fill_ragged_tables(stream, tables);
+    execute(plan, pack, scratch.get(0));
+  }
+
+  void packed(cudaStream_t stream, Scratch& scratch, TensorView q, TensorView k, TensorView v, const PackedBatch& batch,
+              const AttentionShape& shape, TensorView out, TensorView lse) override {
+    const int b = bucket_of(batch.sequences, false), max_rows = std::max(64, bucket_of(batch.max_rows, false));
+    const bool stats = lse.data != nullptr;
+    const PlanKey key = {{PlanKey::packed, b, max_rows, stats, shape.q_heads, shape.kv_heads, shape.head_size,
+                          std::bit_cast<int32_t>(shape.scale), q.ld, k.ld, v.ld, out.ld, lse.ld}};
+    AttentionPlan& plan = get(key, [&](fe::graph::Graph& graph) {
+      const int64_t d = shape.head_size;
+      const Tensor tq = rows_tensor(graph, kQ, b, shape.q_heads, max_rows, d, q.ld, offset(graph, kOffQ, b)),
+                   tk = rows_tensor(graph, kK, b, shape.kv_heads, max_rows, d, k.ld, offset(graph, kOffK, b)),
+                   tv = rows_tensor(graph, kV, b, shape.kv_heads, max_rows, d, v.ld, offset(graph, kOffV, b));
+      auto [to, ts] = graph.sdpa(tq, tk, tv,
+                                 fe::graph::SDPA_attributes()
+                                     .set_name("packed")
+                                     .set_generate_stats(stats)
+                                     .set_attn_scale(shape.scale)
+                                     .set_padding_mask(true)
+                                     .set_seq_len_q(ints(graph, kSeqQ, {b, 1, 1, 1}))
+                                     .set_seq_len_kv(ints(graph, kSeqKv, {b, 1, 1, 1}))
+                                     .set_diagonal_alignment(fe::DiagonalAlignment_t::BOTTOM_RIGHT)
+                                     .set_diagonal_band_right_bound(0));
+      output(to, kO, b, shape.q_heads, max_rows, d, out.ld, offset(graph, kOffO, b));
+      if (stats) output_stats(ts, b, shape.q_heads, max_rows, lse.ld, offset(graph, kOffStats, b));
+    });
+    std::unordered_map<int64_t, void*> pack = {{kQ, q.data}, {kK, k.data}, {kV, v.data}, {kO, out.data}};
+    RaggedTables tables = base_tables(batch.sequences, b, batch.q_begin, batch.q_rows, batch.kv_begin, batch.kv_rows);
+    carve(tables, scratch, plan, 0);
+    add_offset(tables, pack, kOffQ, q.ld, false);
+    add_offset(tables, pack, kOffK, k.ld, true);
+    add_offset(tables, pack, kOffV, v.ld, true);
+    add_offset(tables, pack, kOffO, out.ld, false);
+    if (stats) {
+      pack[kStats] = lse.data;
+      add_offset(tables, pack, kOffStats, lse.ld, false);
+    }
+    pack[kSeqQ] = tables.q_len;
+    pack[kSeqKv] = tables.kv_len;
+    fill_ragged_tables(stream, tables);
+    execute(plan, pack, scratch.get(0));
+  }
+
+  void backward(cudaStream_t stream, Scratch& scratch, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
+                TensorView dout, const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk,
+                TensorView dv) override {
+    // The deterministic algorithm's workspace grows with batch * max^2, so its plan is exact.
+    const int b = deterministic_ ? batch.sequences : bucket_of(batch.sequences, false);
+    const int max_rows = deterministic_ ? batch.max_rows : std::max(64, bucket_of(batch.max_rows, false));
+    const int64_t total = (q.rows + 1023) / 1024 * 1024;
+    const PlanKey key = {{PlanKey::backward, b, max_rows, total, shape.q_heads, shape.kv_heads, shape.head_size,
+                          std::bit_cast<int32_t>(shape.scale), q.ld, k.ld, v.ld, out.ld, lse.ld, dout.ld, dq.ld, dk.ld, dv.ld}};
+    AttentionPlan& plan = get(key, [&](fe::graph::Graph& graph) {
+      const int64_t d = shape.head_size;
+      const int hq = shape.q_heads, hk = shape.kv_heads;
+      const auto rows = [&](Uid uid, Uid off, int heads, int64_t ld) {
+        return rows_tensor(graph, uid, b, heads, max_rows, d, ld, offset(graph, off, b));
+      };
+      const Tensor ts = graph.tensor(stats_attributes(b, hq, max_rows, lse.ld, offset(graph, kOffStats, b)));
+      auto options = fe::graph::SDPA_backward_attributes()
+                         .set_name("backward")
+                         .set_attn_scale(shape.scale)
+                         .set_padding_mask(true)
+                         .set_seq_len_q(ints(graph, kSeqQ, {b, 1, 1, 1}))
+                         .set_seq_len_kv(ints(graph, kSeqKv, {b, 1, 1, 1}))
+                         .set_max_total_seq_len_q(total)
+                         .set_max_total_seq_len_kv(total)
+                         .set_diagonal_alignment(fe::DiagonalAlignment_t::TOP_LEFT)
+                         .set_diagonal_band_right_bound(0)
+                         .set_deterministic_algorithm(deterministic_);
+      auto [tdq, tdk, tdv] = graph.sdpa_backward(rows(kQ, kOffQ, hq, q.ld), rows(kK, kOffK, hk, k.ld), rows(kV, kOffV, hk, v.ld),
+                                                 rows(kO, kOffO, hq, out.ld), rows(kDo, kOffDo, hq, dout.ld), ts, options);
+      output(tdq, kDq, b, hq, max_rows, d, dq.ld, offset(graph, kOffDq, b));
+      output(tdk, kDk, b, hk, max_rows, d, dk.ld, offset(graph, kOffDk, b));
+      output(tdv, kDv, b, hk, max_rows, d, dv.ld, offset(graph, kOffDv, b));
+    });
+    std::unordered_map<int64_t, void*> pack = {{kQ, q.data},     {kK, k.data},   {kV, v.data},   {kO, out.data}, {kStats, lse.data},
+                                               {kDo, dout.data}, {kDq, dq.data}, {kDk, dk.data}, {kDv, dv.data}};
+    RaggedTables tables = base_tables(batch.sequences, b, batch.q_begin, batch.q_rows, batch.kv_begin, batch.kv_rows);
+    carve(tables, scratch, plan, 0);
+    // Tensors with the same distance between rows share a table of offsets.
+    const struct {
+      Uid uid;
+      int64_t ld;
+      bool of_kv;
+    } all[] = {{kOffQ, q.ld, false},   {kOffK, k.ld, true},        {kOffV, v.ld, true},
+               {kOffO, out.ld, false}, {kOffStats, lse.ld, false}, {kOffDo, dout.ld, false},
+               {kOffDq, dq.ld, false}, {kOffDk, dk.ld, true},      {kOffDv, dv.ld, true}};
+    for (const auto& item : all) add_offset(tables, pack, item.uid, item.ld, item.of_kv);
+    pack[kSeqQ] = tables.q_len;
+    pack[kSeqKv] = tables.kv_len;
+    fill_ragged_tables(stream, tables);
+    execute(plan, pack, scratch.get(0));
+  }
+
+ private:
+  static bool takes(const AttentionShape& shape, std::initializer_list<TensorView> views) {
+    if (shape.head_size % 8 != 0 || shape.head_size > 128) return false;
+    for (const TensorView& t : views) {
+      if (reinterpret_cast<uintptr_t>(t.data) % 16 != 0 || t.ld % 8 != 0 || t.rows * t.ld >= int64_t{1} << 31) return false;
+    }
+    return true;
+  }
+
+  template <class Build>
+  AttentionPlan& get(const PlanKey& key, Build build) {
+    const auto found = plans_.find(key);
+    if (found != plans_.end()) return *found->second;
+    auto plan = std::make_unique<AttentionPlan>();
+    plan->graph.set_io_data_type(dtype_)
+        .set_intermediate_data_type(fe::DataType_t::FLOAT)
+        .set_compute_data_type(fe::DataType_t::FLOAT);
+    build(plan->graph);
+    check(plan->graph.build(handle_, {fe::HeurMode_t::A}), "building a plan");
+    check(plan->graph.get_workspace_size(plan->workspace), "workspace size");
+    return *plans_.emplace(key, std::move(plan)).first->second;
+  }
+
+  void execute(AttentionPlan& plan, std::unordered_map<int64_t, void*>& pack, void* workspace) {
+    check(plan.graph.execute(handle_, pack, workspace), "execution");
+  }
+
+  Tensor tensor(fe::graph::Graph& graph, Uid uid, std::vector<int64_t> dims, std::vector<int64_t> strides) {
+    return graph.tensor(fe::graph::Tensor_attributes().set_uid(uid).set_dim(dims).set_stride(strides).set_data_type(dtype_));
+  }
+  Tensor ints(fe::graph::Graph& graph, Uid uid, std::vector<int64_t> dims) {
+    const std::vector<int64_t> strides = {dims[1] * dims[2] * dims[3], dims[2] * dims[3], dims[3], 1};
+    return graph.tensor(
+        fe::graph::Tensor_attributes().set_uid(uid).set_dim(dims).set_stride(strides).set_data_type(fe::DataType_t::INT32));
+  }
+  Tensor offset(fe::graph::Graph& graph, Uid uid, int b) { return ints(graph, uid, {b + 1, 1, 1, 1}); }
+  // [b, heads, rows, d] with `ld` elements from row to row.
+  Tensor rows_tensor(fe::graph::Graph& graph, Uid uid, int b, int heads, int rows, int64_t d, int64_t ld, Tensor ragged) {
+    auto attributes = fe::graph::Tensor_attributes()
+                          .set_uid(uid)
+                          .set_dim({b, heads, rows, d})
+                          .set_stride({rows * ld, d, ld, 1})
+                          .set_data_type(dtype_);
+    if (ragged) attributes.set_ragged_offset(ragged);
+    return graph.tensor(attributes);
+  }
+  void output(const Tensor& t, Uid uid, int b, int heads, int rows, int64_t d, int64_t ld, Tensor ragged) {
+    t->set_output(true).set_uid(uid).set_dim({b, heads, rows, d}).set_stride({rows * ld, d, ld, 1}).set_data_type(dtype_);
+    if (ragged) t->set_ragged_offset(ragged);
+  }
+  static fe::graph::Tensor_attributes stats_attributes(int b, int heads, int rows, int64_t ld, Tensor ragged) {
+    return fe::graph::Tensor_attributes()
+        .set_uid(kStats)
+        .set_dim({b, heads, rows, 1})
+        .set_stride({rows * ld, 1, ld, 1})
+        .set_data_type(fe::DataType_t::FLOAT)
+        .set_ragged_offset(ragged);
+  }
+  static void output_stats(const Tensor& t, int b, int heads, int rows, int64_t ld, Tensor ragged) {
+    t->set_output(true)
+        .set_uid(kStats)
+        .set_dim({b, heads, rows, 1})
+        .set_stride({rows * ld, 1, ld, 1})
+        .set_data_type(fe::DataType_t::FLOAT);
+    t->set_ragged_offset(ragged);
+  }
+
+  static RaggedTables base_tables(int count, int b, const int32_t* q_begin, const int32_t* q_rows, const int32_t* kv_begin,
+                                  const int32_t* kv_rows) {
+    RaggedTables tables;
+    tables.count = count;
+    tables.batch = b;
+    tables.q_begin = q_begin;
+    tables.q_rows = q_rows;
+    tables.kv_begin = kv_begin;
+    tables.kv_rows = kv_rows;
+    return tables;
+  }
+  // Scratch: the plan's workspace first, then the tables. Returns where `extra` int32 may go.
+  static std::byte* carve(RaggedTables& tables, Scratch& scratch, const AttentionPlan& plan, int64_t extra) {
+    const size_t workspace = (static_cast<size_t>(plan.workspace) + 255) / 256 * 256;
+    const size_t table = (static_cast<size_t>(tables.batch) + 1 + 63) / 64 * 64 * sizeof(int32_t);
+    std::byte* at =
+        static_cast<std::byte*>(scratch.get(workspace + table * (2 + RaggedTables::kOffsets) + static_cast<size_t>(extra) * 4)) +
+        workspace;
+    const auto take = [&] {
+      int32_t* p = reinterpret_cast<int32_t*>(at);
+      at += table;
+      return p;
+    };
+    tables.q_len = take();
+    tables.kv_len = take();
+    for (int32_t*& place : tables.offsets) place = take();
+    for (int64_t& ld : tables.ld) ld = -1;  // free
+    return at;
+  }
+  static void add_offset(RaggedTables& tables, std::unordered_map<int64_t, void*>& pack, Uid uid, int64_t ld, bool of_kv) {
+    for (int i = 0; i < RaggedTables::kOffsets; ++i) {
+      if (tables.ld[i] >= 0 && (tables.ld[i] != ld || tables.of_kv[i] != of_kv)) continue;
+      tables.ld[i] = ld;
+      tables.of_kv[i] = of_kv;
+      pack[uid] = tables.offsets[i];
+      return;
+    }
+    throw std::logic_error("[attention] more kinds of offsets than tables");
+  }
+
+  fe::DataType_t dtype_;
+  bool deterministic_;
+  cudnnHandle_t handle_ = nullptr;
+  std::map<PlanKey, std::unique_ptr<AttentionPlan>> plans_;
+};
+
+}  // namespace
+
+std::unique_ptr<AttentionPlans> AttentionPlans::make(CudaDevice& device, DType dtype, bool deterministic) {
+  return std::make_unique<CudnnPlans>(device, dtype, deterministic);
+}
+
+}  // namespace loquetier::cuda
