@@ -1,6 +1,6 @@
 // Attention by plain kernels: forward a warp per (row, q head), backward a warp per (row, q head) for dq and per (key row, kv head)
-// for dk and dv. No shape is refused and every sum has a fixed order. cuDNN (attention_cudnn.cpp) is the fast way; this is the reference
-// and the deterministic one.
+// for dk and dv. No shape is refused and every sum has a fixed order. cuDNN (attention_cudnn.cpp) is the fast way; this is the
+// reference and the deterministic one.
 #include "attention_plain.h"
 
 #include "common.cuh"
