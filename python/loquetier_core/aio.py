@@ -12,11 +12,12 @@ raises that error, and so does whatever is submitted afterwards.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from ._native import Engine, EvalResult, InferResult, InvalidArgument, TokenEvent, TrainResult
+from ._native import Engine, Error, EvalResult, InferResult, InvalidArgument, TokenEvent, TrainResult
 
 
 class AsyncEngine:
@@ -65,7 +66,10 @@ class AsyncEngine:
             return result
 
     def close(self) -> None:
-        """Stops stepping after the step under way. Open streams raise InvalidArgument; the engine stays usable."""
+        """Stops stepping after the step under way. Open streams raise InvalidArgument and their work is cancelled.
+
+        The engine stays usable.
+        """
         with self._lock:
             self._closing = True
             self._wake.notify()
@@ -87,6 +91,7 @@ class AsyncEngine:
             while True:
                 with self._lock:
                     while not self._closing and not self.engine.has_work():
+                        self.engine.stats()  # raises when the engine was closed under its waiters, which has_work() does not
                         self._wake.wait()
                     if self._closing:
                         break
@@ -145,7 +150,7 @@ class _Listener:
 
     async def next(self) -> Any:
         event = await self._queue.get()
-        self._done = not isinstance(event, TokenEvent)
+        self._done = not isinstance(event, (TokenEvent, BaseException))
         if isinstance(event, BaseException):
             raise event
         return event
@@ -154,6 +159,7 @@ class _Listener:
         owner = self._owner
         with owner._lock:
             owner._listeners.pop(self._id, None)
-            if not self._done and owner._error is None:
-                owner.engine.cancel(self._id)
+            if not self._done:
+                with contextlib.suppress(Error):  # a closed or broken engine has nothing left to cancel
+                    owner.engine.cancel(self._id)
                 owner._wake.notify()
