@@ -76,12 +76,12 @@ void CpuOps::linear(TensorView x, TensorView w, TensorView bias, TensorView y) {
   const bool packed = !deterministic_ && rows >= kPackedRows;
 
   const int64_t item_cols = packed ? kBlockN : std::clamp<int64_t>(ceil_div(ceil_div(cols, threads() * 6), 4) * 4, 4, kDotCols);
-  const int64_t column_items = ceil_div(cols, item_cols);
-  parallel(ceil_div(rows, kItemRows) * column_items, 1, [&](int64_t begin, int64_t end) {
+  const int64_t column_items = ceil_div(cols, item_cols), height = item_rows(rows);
+  parallel(ceil_div(rows, height) * column_items, 1, [&](int64_t begin, int64_t end) {
     Workspaces::Lease workspace(workspaces_, packed ? product_bytes() : 0);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t t = item / column_items * kItemRows, n = item % column_items * item_cols;
-      const int64_t m = std::min(kItemRows, rows - t), c = std::min(item_cols, cols - n);
+      const int64_t t = item / column_items * height, n = item % column_items * item_cols;
+      const int64_t m = std::min(height, rows - t), c = std::min(item_cols, cols - n);
       float* out = ys + t * y.ld + n;
       if (packed) {
         workspace.rewind();
@@ -105,14 +105,14 @@ void CpuOps::linear_backward(TensorView dy, TensorView w, TensorView dx, bool ac
   const float* dys = dy.as<float>();
   const float* ws = w.as<float>();
   float* dxs = dx.as<float>();
-  const int64_t column_items = ceil_div(cols, kBlockN);
-  parallel(ceil_div(rows, kItemRows) * column_items, 1, [&](int64_t begin, int64_t end) {
+  const int64_t column_items = ceil_div(cols, kBlockN), height = item_rows(rows);
+  parallel(ceil_div(rows, height) * column_items, 1, [&](int64_t begin, int64_t end) {
     Workspaces::Lease workspace(workspaces_, product_bytes());
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t t = item / column_items * kItemRows, n = item % column_items * kBlockN;
+      const int64_t t = item / column_items * height, n = item % column_items * kBlockN;
       workspace.rewind();
       run(kernels_, workspace,
-          {std::min(kItemRows, rows - t), std::min(kBlockN, cols - n), dy.cols, dys + t * dy.ld, dy.ld, 1, ws + n, w.ld, false,
+          {std::min(height, rows - t), std::min(kBlockN, cols - n), dy.cols, dys + t * dy.ld, dy.ld, 1, ws + n, w.ld, false,
            1.0f, dxs + t * dx.ld + n, dx.ld, accumulate});
     }
   });

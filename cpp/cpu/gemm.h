@@ -43,8 +43,13 @@ struct Product {
 // Blocks of B: 256 KiB, so that a packed block and the rows of a passing through stay in the second-level cache.
 constexpr int64_t kBlockK = 512;
 constexpr int64_t kBlockN = 128;
-// Rows of one item: enough that packing B (about one vector operation per element and item) is small beside the product.
-constexpr int64_t kItemRows = 480;
+// Rows of one item: at most 512 (with a block of k they fill the second-level cache), split evenly. Packing B is about one vector
+// operation per element and item, so the fewer items share the rows the better.
+constexpr int64_t kItemRows = 512;
+constexpr int64_t item_rows(int64_t rows) {
+  const int64_t items = (rows + kItemRows - 1) / kItemRows;
+  return items > 1 ? (rows + items - 1) / items : rows;
+}
 
 size_t product_bytes();  // workspace of run(Product)
 void run(const Kernels& kernels, Workspaces::Lease& workspace, const Product& product);

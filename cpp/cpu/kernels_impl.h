@@ -83,9 +83,10 @@ LOQUETIER_INLINE Vec fold_all(const Vec* v) {
 constexpr int kDotRows = LOQUETIER_REGS >= 32 ? 4 : 3;
 constexpr int kDotCols = 4;
 
+// ahead: a row of weights that a later tile needs, fetched beside the arithmetic; may be null.
 template <int M>
 LOQUETIER_INLINE void dot_tile(int64_t cols, int64_t k, const float* x, int64_t ldx, const float* w, int64_t ldw, float* y,
-                               int64_t ldy, bool accumulate) {
+                               int64_t ldy, bool accumulate, const float* ahead = nullptr) {
   const float* row[kDotCols];
 #pragma GCC unroll 16
   for (int j = 0; j < kDotCols; ++j) row[j] = w + (j < cols ? j : cols - 1) * ldw;  // past the edge: a column computed and dropped
@@ -95,6 +96,7 @@ LOQUETIER_INLINE void dot_tile(int64_t cols, int64_t k, const float* x, int64_t 
     Vec xs[M];
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) xs[i] = load(x + i * ldx + p);
+    if (ahead) __builtin_prefetch(ahead + p, 0, 2);
 #pragma GCC unroll 16
     for (int j = 0; j < kDotCols; ++j) {
       const Vec ws = load(row[j] + p);
@@ -137,8 +139,14 @@ void dot(int64_t rows, int64_t cols, int64_t k, const float* x, int64_t ldx, con
   for (int64_t j = 0; j < cols; j += kDotCols) {
     const float* wj = w + j * ldw;
     int64_t i = 0;
-    for (; i + kDotRows <= rows; i += kDotRows)
-      dot_tile<kDotRows>(cols - j, k, x + i * ldx, ldx, wj, ldw, y + i * ldy + j, ldy, accumulate);
+    for (; i + kDotRows <= rows; i += kDotRows) {
+      // Each of the first tiles fetches one of the next block's rows, so that computing and waiting for memory do not take turns.
+      // Measured at T = 16 with 400 MB of weights, a decode step on two Zen 4 cores: 34.5 ms without, 27.1 ms with; all four rows
+      // fetched by the first tile: 48 ms, more than the cache's miss buffers hold.
+      const int64_t next = kDotCols + i / kDotRows;
+      const float* ahead = next < 2 * kDotCols && j + next < cols ? wj + next * ldw : nullptr;
+      dot_tile<kDotRows>(cols - j, k, x + i * ldx, ldx, wj, ldw, y + i * ldy + j, ldy, accumulate, ahead);
+    }
     dot_rows<kDotRows - 1>(rows - i, cols - j, k, x + i * ldx, ldx, wj, ldw, y + i * ldy + j, ldy, accumulate);
   }
 }
