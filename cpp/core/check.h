@@ -19,7 +19,8 @@ std::string concat(const Parts&... parts) {
 // Throws E with the concatenated parts when `ok` is false. The message is built only then.
 template <class E = InvalidArgument, class... Parts>
 void require(bool ok, const Parts&... parts) {
-  if (!ok) [[unlikely]] throw E(concat(parts...));
+  if (!ok) [[unlikely]]
+    throw E(concat(parts...));
 }
 
 }  // namespace loquetier

@@ -18,15 +18,15 @@ Buffer::~Buffer() {
 }
 
 TensorView Buffer::view(DType dtype, int64_t rows, int64_t cols, size_t offset_bytes) const {
-  require(offset_bytes + size_of(dtype) * static_cast<size_t>(rows * cols) <= bytes_, "[buffer] view: expected at most ",
-          bytes_, " bytes, got offset ", offset_bytes, " and [", rows, ", ", cols, "] ", name_of(dtype));
+  require(offset_bytes + size_of(dtype) * static_cast<size_t>(rows * cols) <= bytes_, "[buffer] view: expected at most ", bytes_,
+          " bytes, got offset ", offset_bytes, " and [", rows, ", ", cols, "] ", name_of(dtype));
   return matrix(static_cast<std::byte*>(data_) + offset_bytes, dtype, rows, cols);
 }
 
 void* Arena::take_bytes(size_t bytes) {
   const size_t begin = used_, end = begin + round_up(bytes);
-  require<OutOfMemory>(counting() || end <= capacity_, "[arena] expected room for ", bytes, " bytes, ",
-                       capacity_ - begin, " of ", capacity_, " are left");
+  require<OutOfMemory>(counting() || end <= capacity_, "[arena] expected room for ", bytes, " bytes, ", capacity_ - begin, " of ",
+                       capacity_, " are left");
   used_ = end;
   if (used_ > peak_) peak_ = used_;
   return counting() ? nullptr : data_ + begin;

@@ -19,18 +19,18 @@ namespace loquetier {
 class Device {
  public:
   virtual ~Device() = default;
-  virtual std::string name() const = 0;                    // "cpu", "cuda:0"
-  virtual void* allocate(size_t bytes) = 0;                // 64-byte aligned or better; throws OutOfMemory naming the bytes
+  virtual std::string name() const = 0;      // "cpu", "cuda:0"
+  virtual void* allocate(size_t bytes) = 0;  // 64-byte aligned or better; throws OutOfMemory naming the bytes
   virtual void release(void* data) noexcept = 0;
-  virtual void* allocate_host(size_t bytes) = 0;           // host memory fit for asynchronous copies (pinned)
+  virtual void* allocate_host(size_t bytes) = 0;  // host memory fit for asynchronous copies (pinned)
   virtual void release_host(void* data) noexcept = 0;
   virtual void copy_to_device(void* dst, const void* host, size_t bytes) = 0;  // asynchronous from pinned memory
   virtual void copy_to_host(void* host, const void* src, size_t bytes) = 0;    // returns when the bytes are there
   virtual void copy_on_device(void* dst, const void* src, size_t bytes) = 0;
   virtual void zero(void* dst, size_t bytes) = 0;
   virtual void synchronize() = 0;
-  virtual size_t free_bytes() const = 0;                   // what could be allocated now
-  virtual bool host_addressable() const = 0;               // true: device pointers may be read and written by the host (CPU)
+  virtual size_t free_bytes() const = 0;      // what could be allocated now
+  virtual bool host_addressable() const = 0;  // true: device pointers may be read and written by the host (CPU)
 };
 
 // Owns one allocation of a device (or its pinned host memory). Move-only.
@@ -68,7 +68,7 @@ class Buffer {
 // Lends 256-byte aligned views out of one block, first in, all out: rewind() gives back everything taken since mark().
 class Arena {
  public:
-  Arena() = default;                                       // counting mode
+  Arena() = default;  // counting mode
   Arena(void* data, size_t capacity) : data_(static_cast<std::byte*>(data)), capacity_(capacity) {}
 
   TensorView take(DType dtype, int64_t rows, int64_t cols);  // throws OutOfMemory with needed and available bytes

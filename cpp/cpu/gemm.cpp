@@ -112,8 +112,8 @@ void CpuOps::linear_backward(TensorView dy, TensorView w, TensorView dx, bool ac
       const int64_t t = item / column_items * height, n = item % column_items * kBlockN;
       workspace.rewind();
       run(kernels_, workspace,
-          {std::min(height, rows - t), std::min(kBlockN, cols - n), dy.cols, dys + t * dy.ld, dy.ld, 1, ws + n, w.ld, false,
-           1.0f, dxs + t * dx.ld + n, dx.ld, accumulate});
+          {std::min(height, rows - t), std::min(kBlockN, cols - n), dy.cols, dys + t * dy.ld, dy.ld, 1, ws + n, w.ld, false, 1.0f,
+           dxs + t * dx.ld + n, dx.ld, accumulate});
     }
   });
 }

@@ -1,4 +1,5 @@
-// The life of adapters: add, clone, remove, save, move, checkpoint. All but remove take the step lock, so they wait for the step under way.
+// The life of adapters: add, clone, remove, save, move, checkpoint. All but remove take the step lock, so they wait for the step
+// under way.
 #include <nlohmann/json.hpp>
 
 #include "engine/impl.h"
@@ -40,7 +41,8 @@ void Engine::Impl::require_new_name(const std::string& name) const {
   require_usable();
   require(!name.empty(), "[add_adapter] name: expected at least one character; the empty name is the base model");
   require(is_utf8(name), "[add_adapter] name: expected UTF-8 text");
-  require(!registry.contains(name), "[add_adapter] name: \"", name, "\" is taken; remove that adapter first or choose another name");
+  require(!registry.contains(name), "[add_adapter] name: \"", name,
+          "\" is taken; remove that adapter first or choose another name");
 }
 
 AdapterPtr Engine::Impl::new_record(const std::string& name, LoraConfig config, std::shared_ptr<const AdapterLayout> layout,
@@ -57,14 +59,15 @@ void Engine::Impl::register_adapter(const AdapterPtr& record) {
   std::lock_guard guard(front);
   require_new_name(record->name);  // another thread may have taken it meanwhile
   record->id = next_adapter++;
-  core->planner.add_adapter(record->id, static_cast<int64_t>(record->layout->pool_bytes(core->ops->compute_dtype())), record->weights->version());
+  core->planner.add_adapter(record->id, static_cast<int64_t>(record->layout->pool_bytes(core->ops->compute_dtype())),
+                            record->weights->version());
   core->adapters.emplace(record->id, record);
   registry.emplace(record->name, record);
   if (record->train) core->stats.training_state_bytes += static_cast<int64_t>(record->train->bytes());
 }
 
-void Engine::Impl::add_adapter(const std::string& name, LoraConfig config, std::vector<LoraTarget> targets, const LoraWeights& weights,
-                               DType stored) {
+void Engine::Impl::add_adapter(const std::string& name, LoraConfig config, std::vector<LoraTarget> targets,
+                               const LoraWeights& weights, DType stored) {
   auto layout = std::make_shared<const AdapterLayout>(AdapterLayout::make(std::move(targets), base->weights().config));
   auto record = new_record(name, std::move(config), layout, stored);
   std::vector<float> flat = layout->flatten(weights);
@@ -163,7 +166,8 @@ void Engine::clone_adapter(const std::string& src, const std::string& dst) {
   const bool trained = source->train != nullptr;
   auto record = impl_->new_record(dst, source->config, source->layout, trained ? DType::f32 : source->stored_dtype);
   record->weights = impl_->core->pool.copy(source->weights, source->weights->version());
-  if (impl_->core->ops->compute_dtype() != DType::f32 && (trained || !source->exact.empty())) record->exact = impl_->master_values(*source);
+  if (impl_->core->ops->compute_dtype() != DType::f32 && (trained || !source->exact.empty()))
+    record->exact = impl_->master_values(*source);
   impl_->register_adapter(record);
 }
 
@@ -241,7 +245,8 @@ AdapterInfo Engine::adapter(const std::string& name) const {
 
 std::vector<NamedTensor> Engine::adapter_state(const std::string& name, const std::string& what) const {
   require(what == "weights" || what == "master" || what == "gradients" || what == "exp_avg" || what == "exp_avg_sq",
-          "[adapter_state] what: expected \"weights\", \"master\", \"gradients\", \"exp_avg\" or \"exp_avg_sq\", got \"", what, "\"");
+          "[adapter_state] what: expected \"weights\", \"master\", \"gradients\", \"exp_avg\" or \"exp_avg_sq\", got \"", what,
+          "\"");
   std::lock_guard step_guard(impl_->step_lock);
   AdapterPtr record;
   {
@@ -252,7 +257,8 @@ std::vector<NamedTensor> Engine::adapter_state(const std::string& name, const st
   }
   if (what == "weights") return named(*record->layout, impl_->core->pool.read(*record->weights));
   if (what == "master") return named(*record->layout, impl_->master_values(*record));
-  require(record->train != nullptr, "[adapter_state] adapter \"", name, "\": expected one in training, it has no training state yet");
+  require(record->train != nullptr, "[adapter_state] adapter \"", name,
+          "\": expected one in training, it has no training state yet");
   return named(*record->layout, record->train->read(what));
 }
 
@@ -266,7 +272,8 @@ void Engine::save_checkpoint(const std::filesystem::path& folder) const {
       impl_->require_usable();
       for (const auto& [name, record] : impl_->registry) names.push_back(name);
     }
-    nlohmann::json manifest = {{"format", "loquetier-checkpoint"}, {"format_version", kCheckpointFormat}, {"adapters", nlohmann::json::array()}};
+    nlohmann::json manifest = {
+        {"format", "loquetier-checkpoint"}, {"format_version", kCheckpointFormat}, {"adapters", nlohmann::json::array()}};
     for (size_t i = 0; i < names.size(); ++i) {
       const std::string file = concat("adapter-", i, ".safetensors");
       files.emplace(file, snapshot_bytes(impl_->snapshot(names[i])));
@@ -280,14 +287,17 @@ void Engine::save_checkpoint(const std::filesystem::path& folder) const {
 void Engine::load_checkpoint(const std::filesystem::path& folder) {
   const std::filesystem::path manifest_path = folder / "checkpoint.json";
   const nlohmann::json manifest = nlohmann::json::parse(read_text_file(manifest_path), nullptr, false);
-  auto check = [&](bool ok, const char* what) { require<FormatError>(ok, "[load_checkpoint] ", manifest_path.string(), ": ", what); };
+  auto check = [&](bool ok, const char* what) {
+    require<FormatError>(ok, "[load_checkpoint] ", manifest_path.string(), ": ", what);
+  };
   check(manifest.is_object() && manifest.contains("format") && manifest["format"] == "loquetier-checkpoint",
         "expected a checkpoint's list of adapters");
   check(manifest.contains("format_version") && manifest["format_version"] == kCheckpointFormat, "expected format_version 1");
   check(manifest.contains("adapters") && manifest["adapters"].is_array(), "expected a list \"adapters\"");
   std::vector<std::pair<std::string, AdapterSnapshot>> snapshots;
   for (const auto& entry : manifest["adapters"]) {
-    check(entry.is_object() && entry.contains("name") && entry["name"].is_string() && entry.contains("file") && entry["file"].is_string(),
+    check(entry.is_object() && entry.contains("name") && entry["name"].is_string() && entry.contains("file") &&
+              entry["file"].is_string(),
           "expected adapters with \"name\" and \"file\"");
     const std::filesystem::path file = entry["file"].get<std::string>();
     check(!file.empty() && file == file.filename() && file != ".." && file != ".", "expected file names without folders");

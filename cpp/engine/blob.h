@@ -1,5 +1,5 @@
-// One step's metadata: built in host memory fit for asynchronous copies, sent to the device in one copy. Where the host can address the
-// device's memory (CPU) there is no second block and no copy.
+// One step's metadata: built in host memory fit for asynchronous copies, sent to the device in one copy. Where the host can address
+// the device's memory (CPU) there is no second block and no copy.
 #pragma once
 
 #include <cstddef>

@@ -21,8 +21,8 @@ std::shared_ptr<Ops> make_ops(const EngineOptions& options, const ModelConfig& c
     return std::shared_ptr<Ops>(make_cuda_ops(index, dtype == "f16" ? DType::f16 : DType::bf16, options.deterministic));
   };
   auto cpu = [&] {
-    require(options.dtype == "auto" || options.dtype == "f32", "[engine] dtype: expected \"auto\" or \"f32\" on the CPU, got \"", options.dtype,
-            "\"");
+    require(options.dtype == "auto" || options.dtype == "f32", "[engine] dtype: expected \"auto\" or \"f32\" on the CPU, got \"",
+            options.dtype, "\"");
     return std::shared_ptr<Ops>(make_cpu_ops(options.num_threads, options.deterministic));
   };
   if (name == "cpu") return cpu();
@@ -118,7 +118,8 @@ void Engine::Impl::require_usable() const {
 AdapterPtr Engine::Impl::find(const std::string& name) const {
   if (name.empty()) return nullptr;
   const auto it = registry.find(name);
-  require<NotFound>(it != registry.end(), "[engine] adapter \"", name, "\": expected the name of an adapter of this engine, there is none");
+  require<NotFound>(it != registry.end(), "[engine] adapter \"", name,
+                    "\": expected the name of an adapter of this engine, there is none");
   return it->second;
 }
 
@@ -127,7 +128,8 @@ int64_t Engine::Impl::submit(Request request) {
   require_usable();
   request.adapter = find(request.result.adapter);
   require<QueueFull>(live_requests + live_examples < options.max_queue + published.running_requests,
-                     "[submit_infer] the queue is full: ", options.max_queue, " requests and examples wait (max_queue); step, then submit again");
+                     "[submit_infer] the queue is full: ", options.max_queue,
+                     " requests and examples wait (max_queue); step, then submit again");
   const int64_t id = next_id++;
   request.id = request.result.request_id = id;
   request.seed = request.sampling.seed.value_or(mix_key(options.seed, static_cast<uint64_t>(id)));
@@ -142,11 +144,13 @@ int64_t Engine::Impl::submit(Job job) {
   std::lock_guard guard(front);
   require_usable();
   // The adapter was looked up before the examples were prepared; it may have been removed since.
-  if (job.adapter) require<NotFound>(find(job.adapter->name) == job.adapter, "[engine] adapter \"", job.adapter->name, "\" was removed");
+  if (job.adapter)
+    require<NotFound>(find(job.adapter->name) == job.adapter, "[engine] adapter \"", job.adapter->name, "\" was removed");
   const auto examples = static_cast<int64_t>(job.examples.size());
   require<QueueFull>(live_requests + live_examples + examples <= options.max_queue + published.running_requests, "[",
-                     job.train ? "submit_train" : "submit_eval", "] the queue is full: with these ", examples, " examples more than ",
-                     options.max_queue, " requests and examples would wait (max_queue); step, then submit again");
+                     job.train ? "submit_train" : "submit_eval", "] the queue is full: with these ", examples,
+                     " examples more than ", options.max_queue,
+                     " requests and examples would wait (max_queue); step, then submit again");
   const int64_t id = next_id++;
   job.id = id;
   live.emplace(id, job.adapter);
@@ -182,8 +186,8 @@ int64_t Engine::submit_infer(std::vector<int32_t> prompt_ids, InferOptions optio
   Request request;
   request.prompt_length = static_cast<int64_t>(prompt_ids.size());
   const Limits& limits = impl_->limits;
-  request.max_new_tokens = std::min<int64_t>(options.sampling.max_tokens,
-                                             std::min(limits.max_positions, limits.kv_tokens) - request.prompt_length);
+  request.max_new_tokens =
+      std::min<int64_t>(options.sampling.max_tokens, std::min(limits.max_positions, limits.kv_tokens) - request.prompt_length);
   if (!options.sampling.ignore_eos) request.stop_ids = impl_->base->eos_token_ids();
   request.stop_ids.insert(request.stop_ids.end(), options.sampling.stop_token_ids.begin(), options.sampling.stop_token_ids.end());
   request.prompt = std::move(prompt_ids);

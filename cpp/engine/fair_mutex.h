@@ -1,5 +1,5 @@
-// A mutex that serves its waiters in order of arrival. The step loop takes and gives back its lock without a pause; with std::mutex a
-// thread that wants to add an adapter could wait for ever.
+// A mutex that serves its waiters in order of arrival. The step loop takes and gives back its lock without a pause; with std::mutex
+// a thread that wants to add an adapter could wait for ever.
 #pragma once
 
 #include <condition_variable>

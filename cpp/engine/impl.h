@@ -1,8 +1,9 @@
 // The engine's inside. Two locks and what each guards:
-//   front      names, the inbox, which ids are live, published numbers. Held for moments, by any thread; submit and cancel need nothing else.
-//   step_lock  everything in Core: planner, pool, requests, jobs, device memory. Held for a whole step, and by calls that touch adapters' weights.
-// Order when both are taken: step_lock, then front. A step is: take in the inbox, plan, pin adapters, upload, forward and heads, backward
-// slices, optimizer, download, commit, publish (step.cpp).
+//   front      names, the inbox, which ids are live, published numbers. Held for moments, by any thread; submit and cancel need
+//   nothing else. step_lock  everything in Core: planner, pool, requests, jobs, device memory. Held for a whole step, and by calls
+//   that touch adapters' weights.
+// Order when both are taken: step_lock, then front. A step is: take in the inbox, plan, pin adapters, upload, forward and heads,
+// backward slices, optimizer, download, commit, publish (step.cpp).
 #pragma once
 
 #include <atomic>
@@ -30,42 +31,47 @@
 
 namespace loquetier {
 
-struct CancelCommand { int64_t id; };
-struct RemoveCommand { AdapterPtr adapter; };
+struct CancelCommand {
+  int64_t id;
+};
+struct RemoveCommand {
+  AdapterPtr adapter;
+};
 using Command = std::variant<Request, Job, CancelCommand, RemoveCommand>;
 
 // A micro-batch between its forward and the end of its backward.
 struct MicroBatch {
-  BatchView view;                 // its training part
+  BatchView view;  // its training part
   Saved saved;
-  int blob = 0;                   // which metadata block its arrays lie in
+  int blob = 0;  // which metadata block its arrays lie in
   int32_t layers_left = 0;
   std::vector<std::shared_ptr<AdapterWeights>> weights;  // of each training group; may leave the pool between slices
   std::vector<int64_t> jobs;
-  std::vector<AdapterPtr> drop;   // adapters whose gradients are dropped when it ends (cancelled jobs)
+  std::vector<AdapterPtr> drop;  // adapters whose gradients are dropped when it ends (cancelled jobs)
 };
 
 struct Core {
-  std::shared_ptr<Ops> ops;                          // first: everything below lives in its memory
+  std::shared_ptr<Ops> ops;  // first: everything below lives in its memory
   std::shared_ptr<const ModelWeights> weights;
   Model model;
   KvCache kv;
   AdapterPool pool;
   Planner planner;
-  AdapterTable adapters;                             // until removed and its last request ended
+  AdapterTable adapters;  // until removed and its last request ended
   std::unordered_set<AdapterId> removed;
   RequestTable requests;
   JobTable jobs;
   Blob metadata[2];
   Blob results;
-  Buffer saved_storage, scratch_storage;             // grown when a step needs more than any before it
+  Buffer saved_storage, scratch_storage;  // grown when a step needs more than any before it
   std::optional<MicroBatch> micro;
-  bool committed = false;                            // the planner was told that the current plan was computed
-  StepResult events;                                 // not yet handed out
-  std::vector<int64_t> ended;                        // ids of events, to be taken off the live list
+  bool committed = false;      // the planner was told that the current plan was computed
+  StepResult events;           // not yet handed out
+  std::vector<int64_t> ended;  // ids of events, to be taken off the live list
   EngineStats stats;
 
-  Core(std::shared_ptr<Ops> ops, std::shared_ptr<const ModelWeights> weights, KvCache kv, size_t pool_bytes, const PlannerConfig& plan);
+  Core(std::shared_ptr<Ops> ops, std::shared_ptr<const ModelWeights> weights, KvCache kv, size_t pool_bytes,
+       const PlannerConfig& plan);
 };
 
 struct Engine::Impl {
@@ -83,36 +89,38 @@ struct Engine::Impl {
   mutable std::mutex front;
   std::map<std::string, AdapterPtr> registry;
   std::deque<Command> inbox;
-  std::unordered_map<int64_t, AdapterPtr> live;      // requests and jobs that have not ended, and their adapter
+  std::unordered_map<int64_t, AdapterPtr> live;  // requests and jobs that have not ended, and their adapter
   int64_t live_requests = 0;
   int64_t live_examples = 0;
-  std::unordered_map<int64_t, int64_t> job_examples; // of live jobs
+  std::unordered_map<int64_t, int64_t> job_examples;  // of live jobs
   int64_t next_id = 1;
   int64_t next_adapter = 0;
   bool closed = false;
-  bool undelivered = false;                          // events wait for the next step()
-  std::string failure;                               // the first device error
+  bool undelivered = false;  // events wait for the next step()
+  std::string failure;       // the first device error
   EngineStats published;
 
   // ---- step lock
   mutable FairMutex step_lock;
   std::atomic<bool> stepping{false};
   std::unique_ptr<Core> core;
-  StepBudget budget;                                 // no limit; tests cut backward at random places
-  std::function<void(const char* phase)> probe;      // called between phases; tests throw from it
+  StepBudget budget;                             // no limit; tests cut backward at random places
+  std::function<void(const char* phase)> probe;  // called between phases; tests throw from it
 
   // submission (engine.cpp)
-  void require_usable() const;                       // front held
-  AdapterPtr find(const std::string& name) const;    // front held; null for ""
+  void require_usable() const;                     // front held
+  AdapterPtr find(const std::string& name) const;  // front held; null for ""
   int64_t submit(Request request);
   int64_t submit(Job job);
   bool cancel(int64_t id);
 
   // adapters (adapters.cpp)
   void require_new_name(const std::string& name) const;  // front held
-  AdapterPtr new_record(const std::string& name, LoraConfig config, std::shared_ptr<const AdapterLayout> layout, DType stored) const;
-  void register_adapter(const AdapterPtr& record);       // step lock held, weights set
-  void add_adapter(const std::string& name, LoraConfig config, std::vector<LoraTarget> targets, const LoraWeights& weights, DType stored);
+  AdapterPtr new_record(const std::string& name, LoraConfig config, std::shared_ptr<const AdapterLayout> layout,
+                        DType stored) const;
+  void register_adapter(const AdapterPtr& record);  // step lock held, weights set
+  void add_adapter(const std::string& name, LoraConfig config, std::vector<LoraTarget> targets, const LoraWeights& weights,
+                   DType stored);
   std::vector<float> master_values(const AdapterRecord& record) const;
   AdapterSnapshot snapshot(const std::string& name) const;
   AdapterPtr restored_record(const std::string& name, const AdapterSnapshot& snapshot);
@@ -139,7 +147,9 @@ struct Engine::Impl {
   void finish_request(int64_t id, FinishReason reason, const std::string& error = {});
   void finish_job(int64_t id, const std::string& reason);
   void publish();
-  void mark(const char* phase) const { if (probe) probe(phase); }
+  void mark(const char* phase) const {
+    if (probe) probe(phase);
+  }
 };
 
 // For tests: the inside of an engine.

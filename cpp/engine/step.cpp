@@ -1,6 +1,6 @@
-// One step, top to bottom: take in the inbox, plan, pin the adapters, upload, forward and heads, slices of backward, optimizer, download,
-// commit, publish. What a caller learns (events) is written only after the numbers are there; an exception anywhere puts the plan back, ends the
-// training jobs it touched with the reason, and leaves everything else to be planned again.
+// One step, top to bottom: take in the inbox, plan, pin the adapters, upload, forward and heads, slices of backward, optimizer,
+// download, commit, publish. What a caller learns (events) is written only after the numbers are there; an exception anywhere puts
+// the plan back, ends the training jobs it touched with the reason, and leaves everything else to be planned again.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -194,9 +194,11 @@ void Engine::Impl::run(const Plan& plan) {
   mark("planned");
   const BatchView& view = batch.view;
   size_t scratch_bytes = c.model.scratch_bytes(view.rows, view.train_rows, view.head_count, view.groups.max_rank, recompute);
-  if (c.micro) scratch_bytes = std::max(scratch_bytes, c.model.scratch_bytes(0, c.micro->saved.train_rows, 0, c.micro->saved.rank, recompute));
+  if (c.micro)
+    scratch_bytes = std::max(scratch_bytes, c.model.scratch_bytes(0, c.micro->saved.train_rows, 0, c.micro->saved.rank, recompute));
   ensure(c.scratch_storage, device, scratch_bytes);
-  if (view.train_rows > 0) ensure(c.saved_storage, device, c.model.saved_bytes(view.rows, view.train_rows, view.groups.max_rank, recompute));
+  if (view.train_rows > 0)
+    ensure(c.saved_storage, device, c.model.saved_bytes(view.rows, view.train_rows, view.groups.max_rank, recompute));
   c.metadata[blob].upload();
   mark("uploaded");
 
@@ -328,7 +330,8 @@ void Engine::Impl::complete_jobs(const Plan& plan, const StepBatch& batch) {
       c.events.evaluated.push_back({id, name_of(job.adapter), job.version, job.loss, job.targets, std::move(job.logprobs), {}});
     } else {
       AdapterRecord& a = *job.adapter;
-      TrainResult result{id, a.name, a.weights->version(), job.loss, job.targets, std::numeric_limits<double>::quiet_NaN(), false, "accumulated"};
+      TrainResult result{id,    a.name,       a.weights->version(), job.loss, job.targets, std::numeric_limits<double>::quiet_NaN(),
+                         false, "accumulated"};
       if (job.optimizer) {
         const auto index = std::ranges::find(batch.update_jobs, id) - batch.update_jobs.begin();
         const float norm = batch.norms.host[index];
@@ -371,7 +374,8 @@ void Engine::Impl::collect_tokens(const Plan& plan, const StepBatch& batch) {
     }
     const size_t row = (i - static_cast<size_t>(batch.sample_begin)) * static_cast<size_t>(batch.top_columns);
     for (int n = 0; n < r.sampling.logprobs; ++n) {
-      event.top_logprobs.push_back({batch.top_ids.host[row + static_cast<size_t>(n)], batch.top_logprobs.host[row + static_cast<size_t>(n)]});
+      event.top_logprobs.push_back(
+          {batch.top_ids.host[row + static_cast<size_t>(n)], batch.top_logprobs.host[row + static_cast<size_t>(n)]});
     }
     r.result.token_ids.push_back(event.token_id);
     r.result.logprobs.push_back(event.logprob);
@@ -416,13 +420,15 @@ void Engine::Impl::finish_job(int64_t id, const std::string& reason) {
     c.events.trained.push_back(
         {id, name_of(job.adapter), version, job.loss, job.targets, std::numeric_limits<double>::quiet_NaN(), false, reason});
   } else {
-    c.events.evaluated.push_back({id, name_of(job.adapter), version, std::numeric_limits<double>::quiet_NaN(), job.targets, {}, reason});
+    c.events.evaluated.push_back(
+        {id, name_of(job.adapter), version, std::numeric_limits<double>::quiet_NaN(), job.targets, {}, reason});
   }
   c.ended.push_back(id);
 }
 
-// After an exception in the middle of a step. Inference rows are planned again (their KV writes are repeated); of jobs that had rows in the
-// step or a backward under way it is not known what was added to the gradients, so they end, and those gradients are dropped.
+// After an exception in the middle of a step. Inference rows are planned again (their KV writes are repeated); of jobs that had
+// rows in the step or a backward under way it is not known what was added to the gradients, so they end, and those gradients are
+// dropped.
 void Engine::Impl::recover(const Plan& plan, const std::string& what) {
   Core& c = *core;
   if (!c.committed) c.planner.abort(plan);

@@ -12,7 +12,7 @@ namespace {
 // Head rows gathered before they are packed.
 struct Heads {
   std::vector<HeadRef> refs;
-  std::vector<int32_t> rows;       // of the batch
+  std::vector<int32_t> rows;  // of the batch
   std::vector<LossRow> loss_rows;
   int32_t train = 0, logprob = 0;  // how many of each kind; the rest sample
 };
@@ -381,7 +381,8 @@ class Builder {
   }
 
   void carve_results(Blob& out) {
-    const auto heads = static_cast<size_t>(view().head_count), samples = sampling_.rows.size(), columns = static_cast<size_t>(step_.top_columns);
+    const auto heads = static_cast<size_t>(view().head_count), samples = sampling_.rows.size(),
+               columns = static_cast<size_t>(step_.top_columns);
     out.begin(heads * 12 + samples * columns * 8 + step_.update_jobs.size() * 4 + 64 * 8);
     step_.logprob = out.take<float>(heads);
     step_.loss = out.take<float>(heads);
@@ -410,6 +411,8 @@ class Builder {
 
 }  // namespace
 
-StepBatch build_step(const Plan& plan, const StepContext& context, Blob& in, Blob& out) { return Builder(plan, context).build(in, out); }
+StepBatch build_step(const Plan& plan, const StepContext& context, Blob& in, Blob& out) {
+  return Builder(plan, context).build(in, out);
+}
 
 }  // namespace loquetier

@@ -24,7 +24,7 @@ struct StepContext {
   const AdapterTable& adapters;
   const RequestTable& requests;
   const JobTable& jobs;
-  const WeightTableOfStep& weights;   // of every plan.adapters entry, resident
+  const WeightTableOfStep& weights;  // of every plan.adapters entry, resident
   int32_t page_size = 0;
 };
 
@@ -36,17 +36,17 @@ struct HeadRef {
 
 struct StepBatch {
   BatchView view;
-  std::vector<HeadRef> heads;       // [view.head_count]
-  int32_t sample_begin = 0;         // first head row that samples
-  std::vector<int64_t> update_jobs; // jobs of plan.completed_jobs that end with an optimizer step, in order
-  AdamBatch updates;                // one AdamJob per entry of update_jobs
-  Both<float> logprob;              // [head_count]
-  Both<float> loss;                 // [head_count]
-  Both<int32_t> sampled;            // [head_count]
-  Both<int32_t> top_ids;            // [samples, top_columns]
+  std::vector<HeadRef> heads;        // [view.head_count]
+  int32_t sample_begin = 0;          // first head row that samples
+  std::vector<int64_t> update_jobs;  // jobs of plan.completed_jobs that end with an optimizer step, in order
+  AdamBatch updates;                 // one AdamJob per entry of update_jobs
+  Both<float> logprob;               // [head_count]
+  Both<float> loss;                  // [head_count]
+  Both<int32_t> sampled;             // [head_count]
+  Both<int32_t> top_ids;             // [samples, top_columns]
   Both<float> top_logprobs;
   int32_t top_columns = 0;
-  Both<float> norms;                // [update_jobs]
+  Both<float> norms;  // [update_jobs]
 };
 
 // Fills `in` (metadata, not yet uploaded) and carves `out` (results).

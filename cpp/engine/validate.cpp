@@ -33,16 +33,17 @@ LossKind loss_kind(const std::string& name) {
   if (name == "importance_sampling") return LossKind::importance_sampling;
   if (name == "ppo") return LossKind::ppo;
   if (name == "weighted_logprob") return LossKind::weighted_logprob;
-  throw InvalidArgument(concat("[submit_train] loss: expected \"cross_entropy\", \"importance_sampling\", \"ppo\" or \"weighted_logprob\", got \"",
-                               name, "\""));
+  throw InvalidArgument(
+      concat("[submit_train] loss: expected \"cross_entropy\", \"importance_sampling\", \"ppo\" or \"weighted_logprob\", got \"",
+             name, "\""));
 }
 
 // Ids, targets and the cut after the last target; weights are left at the example's own values.
 PreparedExample prepare(const Example& example, const std::string& where, const Limits& limits) {
   const auto length = static_cast<int64_t>(example.input_ids.size());
   require(length >= 2, where, " input_ids: expected at least 2 tokens (one to see, one to predict), got ", length);
-  require(length <= limits.max_positions, where, " input_ids: expected at most ", limits.max_positions, " tokens (the model's context), got ",
-          length);
+  require(length <= limits.max_positions, where, " input_ids: expected at most ", limits.max_positions,
+          " tokens (the model's context), got ", length);
   const auto* labels = aligned(example.labels, example, "labels", where);
   const auto* weights = aligned(example.weights, example, "weights", where);
   const auto* logprobs = aligned(example.logprobs, example, "logprobs", where);
@@ -67,7 +68,8 @@ PreparedExample prepare(const Example& example, const std::string& where, const 
     prepared.target_rows.push_back(static_cast<int32_t>(t - 1));
     prepared.targets.push_back(row);
   }
-  require(!prepared.targets.empty(), where, " labels: expected at least one target after the first token, got none (all are ", kIgnoreLabel, ")");
+  require(!prepared.targets.empty(), where, " labels: expected at least one target after the first token, got none (all are ",
+          kIgnoreLabel, ")");
   const int64_t rows = prepared.target_rows.back() + 1;
   require(rows <= limits.max_batch_tokens, where, " input_ids: expected at most ", limits.max_batch_tokens,
           " rows up to the last target (max_batch_tokens of the engine), got ", rows);
@@ -75,7 +77,8 @@ PreparedExample prepare(const Example& example, const std::string& where, const 
   return prepared;
 }
 
-std::vector<PreparedExample> prepare_all(const std::vector<Example>& examples, const char* call, const Limits& limits, int64_t& targets) {
+std::vector<PreparedExample> prepare_all(const std::vector<Example>& examples, const char* call, const Limits& limits,
+                                         int64_t& targets) {
   require(!examples.empty(), "[", call, "] examples: expected at least one, got none");
   std::vector<PreparedExample> prepared;
   prepared.reserve(examples.size());
@@ -92,7 +95,8 @@ std::vector<PreparedExample> prepare_all(const std::vector<Example>& examples, c
 void validate(const EngineOptions& o) {
   require(o.max_batch_tokens >= 1, "[engine] max_batch_tokens: expected >= 1, got ", o.max_batch_tokens);
   require(o.max_sequences >= 1, "[engine] max_sequences: expected >= 1, got ", o.max_sequences);
-  require(!o.kv_cache_tokens || *o.kv_cache_tokens >= 1, "[engine] kv_cache_tokens: expected >= 1, got ", o.kv_cache_tokens.value_or(0));
+  require(!o.kv_cache_tokens || *o.kv_cache_tokens >= 1, "[engine] kv_cache_tokens: expected >= 1, got ",
+          o.kv_cache_tokens.value_or(0));
   require(!o.adapter_pool_bytes || *o.adapter_pool_bytes >= 1, "[engine] adapter_pool_bytes: expected >= 1, got ",
           o.adapter_pool_bytes.value_or(0));
   require(o.memory_fraction > 0 && o.memory_fraction <= 1, "[engine] memory_fraction: expected in (0, 1], got ", o.memory_fraction);
@@ -101,7 +105,8 @@ void validate(const EngineOptions& o) {
   require(o.num_threads >= 0 && o.num_threads <= 1024, "[engine] num_threads: expected 0..1024, got ", o.num_threads);
   require(o.page_size >= 1 && o.page_size <= 256 && (o.page_size & (o.page_size - 1)) == 0,
           "[engine] page_size: expected a power of two up to 256, got ", o.page_size);
-  require(o.recompute == "none" || o.recompute == "layer", "[engine] recompute: expected \"none\" or \"layer\", got \"", o.recompute, "\"");
+  require(o.recompute == "none" || o.recompute == "layer", "[engine] recompute: expected \"none\" or \"layer\", got \"",
+          o.recompute, "\"");
   require(o.dtype == "auto" || o.dtype == "f32" || o.dtype == "bf16" || o.dtype == "f16",
           "[engine] dtype: expected \"auto\", \"f32\", \"bf16\" or \"f16\", got \"", o.dtype, "\"");
 }
@@ -112,14 +117,16 @@ void validate(const SamplingParams& s, int64_t vocab_size) {
   require(s.top_k >= -1, "[sampling] top_k: expected >= 1, or 0 or -1 for off, got ", s.top_k);
   require(s.min_p >= 0 && s.min_p <= 1, "[sampling] min_p: expected in [0, 1], got ", s.min_p);
   require(s.max_tokens >= 1, "[sampling] max_tokens: expected >= 1, got ", s.max_tokens);
-  require(s.min_tokens >= 0 && s.min_tokens <= s.max_tokens, "[sampling] min_tokens: expected 0..max_tokens = ", s.max_tokens, ", got ",
-          s.min_tokens);
-  require(s.presence_penalty >= -2 && s.presence_penalty <= 2, "[sampling] presence_penalty: expected in [-2, 2], got ", s.presence_penalty);
+  require(s.min_tokens >= 0 && s.min_tokens <= s.max_tokens, "[sampling] min_tokens: expected 0..max_tokens = ", s.max_tokens,
+          ", got ", s.min_tokens);
+  require(s.presence_penalty >= -2 && s.presence_penalty <= 2, "[sampling] presence_penalty: expected in [-2, 2], got ",
+          s.presence_penalty);
   require(s.frequency_penalty >= -2 && s.frequency_penalty <= 2, "[sampling] frequency_penalty: expected in [-2, 2], got ",
           s.frequency_penalty);
   require(std::isfinite(s.repetition_penalty) && s.repetition_penalty > 0, "[sampling] repetition_penalty: expected > 0, got ",
           s.repetition_penalty);
-  require(s.logprobs >= 0 && s.logprobs <= kMaxTopLogprobs, "[sampling] logprobs: expected 0..", kMaxTopLogprobs, ", got ", s.logprobs);
+  require(s.logprobs >= 0 && s.logprobs <= kMaxTopLogprobs, "[sampling] logprobs: expected 0..", kMaxTopLogprobs, ", got ",
+          s.logprobs);
   require(s.logprobs <= vocab_size, "[sampling] logprobs: expected at most the vocabulary (", vocab_size, "), got ", s.logprobs);
   for (int32_t id : s.stop_token_ids) check_token(id, vocab_size, "[sampling] stop_token_ids");
   for (const auto& [id, bias] : s.logit_bias) {
@@ -136,7 +143,8 @@ void validate(const AdamW& o) {
   check_finite_at_least("weight_decay", o.weight_decay, 0, "adamw");
   require(!o.max_grad_norm || (std::isfinite(*o.max_grad_norm) && *o.max_grad_norm > 0),
           "[adamw] max_grad_norm: expected > 0, or none for no clipping, got ", o.max_grad_norm.value_or(0));
-  require(std::isfinite(o.loraplus_lr_ratio) && o.loraplus_lr_ratio > 0, "[adamw] loraplus_lr_ratio: expected > 0, got ", o.loraplus_lr_ratio);
+  require(std::isfinite(o.loraplus_lr_ratio) && o.loraplus_lr_ratio > 0, "[adamw] loraplus_lr_ratio: expected > 0, got ",
+          o.loraplus_lr_ratio);
 }
 
 void validate_prompt(const std::vector<int32_t>& prompt, const Limits& limits) {
@@ -146,16 +154,18 @@ void validate_prompt(const std::vector<int32_t>& prompt, const Limits& limits) {
           " tokens (the model's context, which also holds the answer), got ", length);
   require(length < limits.kv_tokens, "[submit_infer] prompt_ids: expected fewer than ", limits.kv_tokens,
           " tokens (kv_cache_tokens of the engine), got ", length);
-  for (size_t i = 0; i < prompt.size(); ++i) check_token(prompt[i], limits.vocab_size, concat("[submit_infer] prompt_ids[", i, "]"));
+  for (size_t i = 0; i < prompt.size(); ++i)
+    check_token(prompt[i], limits.vocab_size, concat("[submit_infer] prompt_ids[", i, "]"));
 }
 
-std::vector<PreparedExample> prepare_training(const std::vector<Example>& examples, const TrainOptions& options, const Limits& limits,
-                                              int64_t& targets) {
+std::vector<PreparedExample> prepare_training(const std::vector<Example>& examples, const TrainOptions& options,
+                                              const Limits& limits, int64_t& targets) {
   const LossKind kind = loss_kind(options.loss);
-  require(options.reduction == "mean" || options.reduction == "sum", "[submit_train] reduction: expected \"mean\" or \"sum\", got \"",
-          options.reduction, "\"");
+  require(options.reduction == "mean" || options.reduction == "sum",
+          "[submit_train] reduction: expected \"mean\" or \"sum\", got \"", options.reduction, "\"");
   require(options.clip_low >= 0 && options.clip_low <= 1, "[submit_train] clip_low: expected in [0, 1], got ", options.clip_low);
-  require(std::isfinite(options.clip_high) && options.clip_high >= 0, "[submit_train] clip_high: expected >= 0, got ", options.clip_high);
+  require(std::isfinite(options.clip_high) && options.clip_high >= 0, "[submit_train] clip_high: expected >= 0, got ",
+          options.clip_high);
   if (options.optimizer) validate(*options.optimizer);
   const bool policy = kind == LossKind::importance_sampling || kind == LossKind::ppo;
   for (size_t i = 0; policy && i < examples.size(); ++i) {

@@ -23,8 +23,8 @@ void validate(const AdamW& optimizer);
 void validate_prompt(const std::vector<int32_t>& prompt, const Limits& limits);
 
 // Throws InvalidArgument naming the example, the field and the entry.
-std::vector<PreparedExample> prepare_training(const std::vector<Example>& examples, const TrainOptions& options, const Limits& limits,
-                                              int64_t& targets);
+std::vector<PreparedExample> prepare_training(const std::vector<Example>& examples, const TrainOptions& options,
+                                              const Limits& limits, int64_t& targets);
 std::vector<PreparedExample> prepare_evaluation(const std::vector<Example>& examples, const Limits& limits, int64_t& targets);
 
 }  // namespace loquetier

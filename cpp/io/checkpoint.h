@@ -1,6 +1,6 @@
 // The bytes of a live adapter: everything export_adapter() moves and save_checkpoint() stores. One safetensors file whose metadata
-// holds the configuration, the version, the step count and a format number; tensors by PEFT key with a prefix ("master.", "exp_avg.", "exp_avg_sq.",
-// "gradients.").
+// holds the configuration, the version, the step count and a format number; tensors by PEFT key with a prefix ("master.",
+// "exp_avg.", "exp_avg_sq.", "gradients.").
 #pragma once
 
 #include <cstdint>
@@ -17,11 +17,11 @@ struct AdapterSnapshot {
   LoraConfig config;
   std::vector<LoraTarget> targets;
   int64_t version = 0;
-  DType stored_dtype = DType::f32;          // of the PEFT file it came from
-  LoraWeights weights;                      // master values, f32
+  DType stored_dtype = DType::f32;  // of the PEFT file it came from
+  LoraWeights weights;              // master values, f32
   bool has_training_state = false;
-  int64_t optimizer_steps = 0;              // Adam's t
-  uint64_t dropout_counter = 0;             // examples seen so far: the key of the next dropout mask
+  int64_t optimizer_steps = 0;                 // Adam's t
+  uint64_t dropout_counter = 0;                // examples seen so far: the key of the next dropout mask
   LoraWeights exp_avg, exp_avg_sq, gradients;  // when has_training_state
 };
 

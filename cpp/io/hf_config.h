@@ -1,6 +1,7 @@
-// Hugging Face config.json -> ModelConfig. Honoured: both spellings of rope settings (rope_theta + rope_scaling, rope_parameters), head_dim,
-// attention_bias, mlp_bias, tie_word_embeddings, eos_token_id as number or list, torch_dtype / dtype. Anything that would change the maths and is
-// not supported is refused by its key (sliding windows in use, other activations, partial rotary, MoE, quantization, other rope types, …).
+// Hugging Face config.json -> ModelConfig. Honoured: both spellings of rope settings (rope_theta + rope_scaling, rope_parameters),
+// head_dim, attention_bias, mlp_bias, tie_word_embeddings, eos_token_id as number or list, torch_dtype / dtype. Anything that would
+// change the maths and is not supported is refused by its key (sliding windows in use, other activations, partial rotary, MoE,
+// quantization, other rope types, …).
 #pragma once
 
 #include <filesystem>

@@ -1,8 +1,8 @@
-// safetensors files: reading by memory map, writing atomically. Format: https://github.com/huggingface/safetensors (README, "Format").
-// The reader checks everything it relies on (header size and JSON, dtypes, shapes, offsets in range, no overlap, no gap that hides
-// bytes, byte counts) and throws FormatError naming file and tensor; hostile input never reads out of bounds or allocates by its word.
-// A tensor of a dtype that this library does not compute with (F64, U16, F8_E4M3, …) does not stop a file from loading: it is listed by name in
-// unsupported() and refused when asked for.
+// safetensors files: reading by memory map, writing atomically. Format: https://github.com/huggingface/safetensors (README,
+// "Format"). The reader checks everything it relies on (header size and JSON, dtypes, shapes, offsets in range, no overlap, no gap
+// that hides bytes, byte counts) and throws FormatError naming file and tensor; hostile input never reads out of bounds or
+// allocates by its word. A tensor of a dtype that this library does not compute with (F64, U16, F8_E4M3, …) does not stop a file
+// from loading: it is listed by name in unsupported() and refused when asked for.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +49,7 @@ class SafetensorsFile {
   const std::map<std::string, TensorEntry>& tensors() const { return tensors_; }
   const std::map<std::string, std::string>& unsupported() const { return unsupported_; }  // name -> dtype as the file spells it
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
-  const TensorEntry& at(const std::string& name) const;  // FormatError naming file and tensor
+  const TensorEntry& at(const std::string& name) const;                   // FormatError naming file and tensor
   std::shared_ptr<const MappedFile> mapping() const { return mapping_; }  // keeps the data alive
 
  private:
@@ -60,9 +60,10 @@ class SafetensorsFile {
   std::map<std::string, std::string> metadata_;
 };
 
-// The tensors of a checkpoint folder: model.safetensors, or all shards of model.safetensors.index.json (checked against each other).
+// The tensors of a checkpoint folder: model.safetensors, or all shards of model.safetensors.index.json (checked against each
+// other).
 struct CheckpointTensors {
-  std::string where;                               // the folder, for messages
+  std::string where;  // the folder, for messages
   std::map<std::string, TensorEntry> tensors;
   std::map<std::string, std::string> unsupported;  // name -> dtype as the file spells it
   std::vector<std::shared_ptr<const MappedFile>> mappings;
@@ -79,21 +80,24 @@ struct TensorToWrite {
 // The bytes of a safetensors file, tensors in the given order, header padded to 8 bytes.
 std::string safetensors_bytes(const std::vector<TensorToWrite>& tensors, const std::map<std::string, std::string>& metadata);
 
-// Writes to a temporary name in the same folder, syncs the file and the folder, renames over `path`. After an error `path` is as it was.
+// Writes to a temporary name in the same folder, syncs the file and the folder, renames over `path`. After an error `path` is as it
+// was.
 void write_file_atomically(const std::filesystem::path& path, std::string_view bytes);
 
-// What becomes of the other files of a folder that is there already. replace: they go with the old folder, which must hold a file named like one of
-// the new ones (so that a mistyped path does not lose somebody's folder). keep: they stay.
+// What becomes of the other files of a folder that is there already. replace: they go with the old folder, which must hold a file
+// named like one of the new ones (so that a mistyped path does not lose somebody's folder). keep: they stay.
 enum class OtherFiles { replace, keep };
-// Writes a folder of files the same way: a temporary sibling folder, synced, then exchanged with the old one in one step. Names are plain file names.
-// InvalidArgument when the old folder may not be replaced (or has subfolders to keep). After an error the old folder is as it was.
+// Writes a folder of files the same way: a temporary sibling folder, synced, then exchanged with the old one in one step. Names are
+// plain file names. InvalidArgument when the old folder may not be replaced (or has subfolders to keep). After an error the old
+// folder is as it was.
 void write_folder_atomically(const std::filesystem::path& folder, const std::map<std::string, std::string>& files,
                              OtherFiles other_files = OtherFiles::replace);
 
 // Reads a small text file whole (config.json); NotFound, or FormatError above `limit` bytes.
 std::string read_text_file(const std::filesystem::path& path, size_t limit = 64u << 20);
 
-// Element conversion on the host between f32, f16 and bf16 (round to nearest even; NaN stays NaN). No alignment needed; src and dst must not overlap.
+// Element conversion on the host between f32, f16 and bf16 (round to nearest even; NaN stays NaN). No alignment needed; src and dst
+// must not overlap.
 void convert_elements(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t n);
 
 }  // namespace loquetier

@@ -1,8 +1,8 @@
-// The transformer, written once against ops: forward.cpp reads like the model, backward.cpp is the same list upside down, heads.cpp ends it
-// (sample | loss). Holds no state but the weights; everything of a step is in BatchView, Saved and arenas.
+// The transformer, written once against ops: forward.cpp reads like the model, backward.cpp is the same list upside down, heads.cpp
+// ends it (sample | loss). Holds no state but the weights; everything of a step is in BatchView, Saved and arenas.
 //
-// Rows of a batch: [0, train_rows) training, [train_rows, packed_rows) evaluation (no KV pages; packed attention), [packed_rows, rows) prompt chunks
-// and decodes (KV pages).
+// Rows of a batch: [0, train_rows) training, [train_rows, packed_rows) evaluation (no KV pages; packed attention), [packed_rows,
+// rows) prompt chunks and decodes (KV pages).
 #pragma once
 
 #include <cstdint>
@@ -20,38 +20,38 @@ enum class HeadKind : uint8_t { train, logprob, sample };  // logprob: evaluatio
 // Consecutive head rows (rows that need logits), at most kHeadChunk of them, of one kind. Groups count rows from the chunk's begin.
 struct HeadChunk {
   HeadKind kind = HeadKind::sample;
-  int32_t begin = 0;       // into head_rows
+  int32_t begin = 0;  // into head_rows
   int32_t rows = 0;
-  LoraGroups groups;       // for lm_head adapters; count 0 when there is none
-  SampleBatch sampling;    // kind sample
+  LoraGroups groups;     // for lm_head adapters; count 0 when there is none
+  SampleBatch sampling;  // kind sample
 };
 
 // One step's batch: device arrays uploaded together, and what the host needs to launch.
 struct BatchView {
   int64_t rows = 0;
   int64_t train_rows = 0;
-  int64_t packed_rows = 0;            // training and evaluation
-  const int32_t* ids = nullptr;       // [rows] device
-  const int32_t* positions = nullptr; // [rows] device
-  const int32_t* kv_slots = nullptr;  // [rows] device, -1 for packed rows
-  PackedBatch packed;                 // training sequences first, then evaluation
-  PackedBatch train_packed;           // the training ones alone
-  PagedBatch paged;                   // row_begin counts from the first row of the batch
-  LoraGroups groups;                  // over all rows
-  LoraGroups train_groups;            // over the training rows, with gradients
-  int64_t lowest_layer = 0;           // lowest layer any training group adapts; L: none (only lm_head)
-  bool dropout = false;               // any training group has dropout
+  int64_t packed_rows = 0;             // training and evaluation
+  const int32_t* ids = nullptr;        // [rows] device
+  const int32_t* positions = nullptr;  // [rows] device
+  const int32_t* kv_slots = nullptr;   // [rows] device, -1 for packed rows
+  PackedBatch packed;                  // training sequences first, then evaluation
+  PackedBatch train_packed;            // the training ones alone
+  PagedBatch paged;                    // row_begin counts from the first row of the batch
+  LoraGroups groups;                   // over all rows
+  LoraGroups train_groups;             // over the training rows, with gradients
+  int64_t lowest_layer = 0;            // lowest layer any training group adapts; L: none (only lm_head)
+  bool dropout = false;                // any training group has dropout
 
   // Heads, in this order: training targets, log-probability rows, rows to sample.
   int32_t head_count = 0;
-  const int32_t* head_rows = nullptr;   // [head_count] device: row of the batch
-  const LossRow* loss_rows = nullptr;   // [head_count] device; unused for rows to sample
+  const int32_t* head_rows = nullptr;  // [head_count] device: row of the batch
+  const LossRow* loss_rows = nullptr;  // [head_count] device; unused for rows to sample
   std::vector<HeadChunk> chunks;
-  float* logprob = nullptr;             // [head_count] device, out: of the target, or of the sampled token
-  float* loss = nullptr;                // [head_count] device, out (train, logprob)
-  int32_t* sampled = nullptr;           // [head_count] device, out (sample rows)
-  TensorView top_ids;                   // [sample rows, N] i32, out, or empty
-  TensorView top_logprobs;              // [sample rows, N] f32, out, or empty
+  float* logprob = nullptr;    // [head_count] device, out: of the target, or of the sampled token
+  float* loss = nullptr;       // [head_count] device, out (train, logprob)
+  int32_t* sampled = nullptr;  // [head_count] device, out (sample rows)
+  TensorView top_ids;          // [sample rows, N] i32, out, or empty
+  TensorView top_logprobs;     // [sample rows, N] f32, out, or empty
 };
 
 struct KvCache {
@@ -73,13 +73,14 @@ class Model {
   size_t scratch_bytes(int64_t rows, int64_t train_rows, int64_t head_rows, int64_t rank, Recompute recompute) const;
   size_t saved_bytes(int64_t rows, int64_t train_rows, int64_t rank, Recompute recompute) const;
 
-  // Runs every layer over all rows, then the heads of every chunk: outputs of BatchView are written. With training rows, `saved` is carved from
-  // saved_arena, its dx holds the gradient of final_x after this call, and lm_head's gradients are in. Without, `saved` may be null.
+  // Runs every layer over all rows, then the heads of every chunk: outputs of BatchView are written. With training rows, `saved` is
+  // carved from saved_arena, its dx holds the gradient of final_x after this call, and lm_head's gradients are in. Without, `saved`
+  // may be null.
   void forward(const BatchView& batch, KvCache& kv, Saved* saved, Arena& saved_arena, Arena& scratch, Recompute recompute) const;
 
-  // One layer of backward, from layer = L - 1 down to batch.lowest_layer: saved.dx goes from the gradient of the layer's output to that of its input
-  // (not needed and not computed for lowest_layer), gradients of the layer's adapters are added. Touches training rows only. `batch` needs only its
-  // training part: train_packed, train_groups, train_rows, lowest_layer, positions.
+  // One layer of backward, from layer = L - 1 down to batch.lowest_layer: saved.dx goes from the gradient of the layer's output to
+  // that of its input (not needed and not computed for lowest_layer), gradients of the layer's adapters are added. Touches training
+  // rows only. `batch` needs only its training part: train_packed, train_groups, train_rows, lowest_layer, positions.
   void backward_layer(const BatchView& batch, const Saved& saved, int64_t layer, Arena& scratch) const;
 
  private:

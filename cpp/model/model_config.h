@@ -10,7 +10,7 @@
 namespace loquetier {
 
 struct RopeScaling {
-  std::string type = "default";        // "default", "linear", "llama3"
+  std::string type = "default";  // "default", "linear", "llama3"
   double factor = 1;
   double low_freq_factor = 1;          // llama3
   double high_freq_factor = 4;         // llama3
@@ -18,27 +18,27 @@ struct RopeScaling {
 };
 
 struct ModelConfig {
-  std::string family;                  // "llama", "mistral", "qwen2", "qwen3"
-  int64_t vocab_size = 0;              // V
-  int64_t hidden_size = 0;             // H
-  int64_t intermediate_size = 0;       // F
-  int64_t num_layers = 0;              // L
-  int32_t num_heads = 0;               // Q
-  int32_t num_kv_heads = 0;            // K
-  int32_t head_size = 0;               // D, explicit or H / Q
+  std::string family;             // "llama", "mistral", "qwen2", "qwen3"
+  int64_t vocab_size = 0;         // V
+  int64_t hidden_size = 0;        // H
+  int64_t intermediate_size = 0;  // F
+  int64_t num_layers = 0;         // L
+  int32_t num_heads = 0;          // Q
+  int32_t num_kv_heads = 0;       // K
+  int32_t head_size = 0;          // D, explicit or H / Q
   int64_t max_positions = 0;
   float rms_norm_eps = 1e-6f;
   double rope_theta = 10000;
   RopeScaling rope_scaling;
   bool tie_word_embeddings = false;
-  bool qkv_bias = false;               // Qwen2, or attention_bias of Llama
-  bool o_bias = false;                 // attention_bias of Llama
+  bool qkv_bias = false;  // Qwen2, or attention_bias of Llama
+  bool o_bias = false;    // attention_bias of Llama
   bool mlp_bias = false;
-  bool qk_norm = false;                // Qwen3
+  bool qk_norm = false;  // Qwen3
   std::vector<int32_t> eos_token_ids;
-  std::string torch_dtype = "f32";     // of the checkpoint: "f32", "f16", "bf16"
+  std::string torch_dtype = "f32";  // of the checkpoint: "f32", "f16", "bf16"
 
-  AttentionShape attention() const;    // scale = 1 / sqrt(D)
+  AttentionShape attention() const;  // scale = 1 / sqrt(D)
   int64_t qkv_columns() const { return int64_t{num_heads + 2 * num_kv_heads} * head_size; }
 };
 
@@ -51,10 +51,10 @@ LoraLinear lora_linear(const ModelConfig& config, int32_t site);  // shape of a 
 
 // A projection that an adapter may target.
 struct ModuleInfo {
-  std::string name;   // "model.layers.3.self_attn.q_proj", "lm_head"
+  std::string name;  // "model.layers.3.self_attn.q_proj", "lm_head"
   int32_t site = 0;
   int32_t part = 0;
-  int64_t layer = -1; // -1: lm_head
+  int64_t layer = -1;  // -1: lm_head
   int64_t in = 0;
   int64_t out = 0;
 };

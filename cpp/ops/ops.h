@@ -28,7 +28,7 @@ struct LoraPart {
   const void* a = nullptr;  // [R, in] C
   const void* b = nullptr;  // [out, R] C
   int32_t rank = 0;
-  float scale = 0;          // alpha / r, or alpha / sqrt(r)
+  float scale = 0;  // alpha / r, or alpha / sqrt(r)
 };
 
 // One fused linear of one layer of one adapter. The A of all its parts are adjacent in memory: [sum of ranks, in], in part order.
@@ -53,7 +53,7 @@ struct LoraGroup {
   const LoraSite* host_sites = nullptr;  // the same table readable by the host (ranks, scales; pointers are device pointers)
   const LoraGradSite* grads = nullptr;   // device memory; null when the group is not trained
   const LoraGradSite* host_grads = nullptr;
-  float dropout = 0;                     // probability on the input of A; only for rows in training
+  float dropout = 0;  // probability on the input of A; only for rows in training
 };
 
 // The groups of a range of rows. Groups are ordered by row_begin and do not overlap; rows outside every group have no adapter.
@@ -61,8 +61,8 @@ struct LoraGroups {
   const LoraGroup* groups = nullptr;       // [count], device
   const LoraGroup* host_groups = nullptr;  // [count], host
   int32_t count = 0;
-  int32_t max_rank = 0;                    // largest sum of part ranks of any site of any group: the columns of S
-  const uint64_t* row_keys = nullptr;      // [T] device: dropout key of each row; null when no group has dropout
+  int32_t max_rank = 0;                // largest sum of part ranks of any site of any group: the columns of S
+  const uint64_t* row_keys = nullptr;  // [T] device: dropout key of each row; null when no group has dropout
 };
 
 // Which fused linear: its place in the adapter's table and its shape. Columns of y: part 0, part 1, … adjacent.
@@ -74,7 +74,9 @@ struct LoraLinear {
 };
 
 // The `stream` of dropout_keep() for one part of one site: every backend draws the same mask.
-inline constexpr uint32_t dropout_stream(int32_t site, int32_t part) { return static_cast<uint32_t>(site) * 4 + static_cast<uint32_t>(part); }
+inline constexpr uint32_t dropout_stream(int32_t site, int32_t part) {
+  return static_cast<uint32_t>(site) * 4 + static_cast<uint32_t>(part);
+}
 
 // ---------------------------------------------------------------- attention tables
 
@@ -91,8 +93,8 @@ struct KvShape {
   int32_t head_size = 0;  // D
 };
 
-// Rows that attend to the pages: sequence i owns rows [row_begin[i], row_begin[i] + rows[i]) of q; its last row sees kv_len[i] keys,
-// the row before it one less (causal, bottom-right). k and v of these rows are already in the pages.
+// Rows that attend to the pages: sequence i owns rows [row_begin[i], row_begin[i] + rows[i]) of q; its last row sees kv_len[i]
+// keys, the row before it one less (causal, bottom-right). k and v of these rows are already in the pages.
 struct PagedBatch {
   int32_t sequences = 0;
   int32_t max_pages = 0;
@@ -103,15 +105,15 @@ struct PagedBatch {
   const int32_t* host_row_begin = nullptr;
   const int32_t* host_rows = nullptr;
   const int32_t* host_kv_len = nullptr;
-  int32_t decodes = 0;                  // the last `decodes` sequences have one row each; the others are prompt chunks
+  int32_t decodes = 0;  // the last `decodes` sequences have one row each; the others are prompt chunks
 };
 
-// Packed variable-length sequences (training and evaluation): sequence i owns rows [row_begin[i], row_begin[i] + q_rows[i]) of q and
-// out, and rows [kv_begin[i], kv_begin[i] + kv_rows[i]) of k and v; causal, bottom-right aligned (q_rows <= kv_rows).
+// Packed variable-length sequences (training and evaluation): sequence i owns rows [row_begin[i], row_begin[i] + q_rows[i]) of q
+// and out, and rows [kv_begin[i], kv_begin[i] + kv_rows[i]) of k and v; causal, bottom-right aligned (q_rows <= kv_rows).
 struct PackedBatch {
   int32_t sequences = 0;
-  int32_t max_rows = 0;                // largest kv_rows
-  const int32_t* q_begin = nullptr;    // [sequences] device
+  int32_t max_rows = 0;              // largest kv_rows
+  const int32_t* q_begin = nullptr;  // [sequences] device
   const int32_t* q_rows = nullptr;
   const int32_t* kv_begin = nullptr;
   const int32_t* kv_rows = nullptr;
@@ -122,10 +124,10 @@ struct PackedBatch {
 };
 
 struct AttentionShape {
-  int32_t q_heads = 0;   // Q
-  int32_t kv_heads = 0;  // K, divides Q
-  int32_t head_size = 0; // D
-  float scale = 0;       // of the scores, usually 1 / sqrt(D)
+  int32_t q_heads = 0;    // Q
+  int32_t kv_heads = 0;   // K, divides Q
+  int32_t head_size = 0;  // D
+  float scale = 0;        // of the scores, usually 1 / sqrt(D)
 };
 
 // ---------------------------------------------------------------- heads and optimizer tables
@@ -163,17 +165,17 @@ struct SampleRow {
   int32_t history_begin = 0;     // into SampleBatch::history: prompt tokens, then output tokens
   int32_t prompt_length = 0;
   int32_t output_length = 0;
-  int32_t bias_begin = 0;        // into SampleBatch::bias_ids / bias_values
+  int32_t bias_begin = 0;  // into SampleBatch::bias_ids / bias_values
   int32_t bias_count = 0;
-  int32_t forbidden_begin = 0;   // into SampleBatch::forbidden (stop tokens before min_tokens)
+  int32_t forbidden_begin = 0;  // into SampleBatch::forbidden (stop tokens before min_tokens)
   int32_t forbidden_count = 0;
 };
 
 struct SampleBatch {
-  const SampleRow* rows = nullptr;       // [n] device
+  const SampleRow* rows = nullptr;  // [n] device
   const SampleRow* host_rows = nullptr;
   int32_t count = 0;
-  const int32_t* history = nullptr;      // device; filled only for rows with a penalty
+  const int32_t* history = nullptr;  // device; filled only for rows with a penalty
   const int32_t* bias_ids = nullptr;
   const float* bias_values = nullptr;
   const int32_t* forbidden = nullptr;
@@ -181,14 +183,14 @@ struct SampleBatch {
 
 // One parameter tensor of an optimizer step.
 struct AdamTensor {
-  float* master = nullptr;   // [n] f32
-  float* grad = nullptr;     // [n] f32, set to zero by adamw()
-  float* m = nullptr;        // [n] f32
-  float* v = nullptr;        // [n] f32
-  void* weight = nullptr;    // [n] C: what the forward pass reads; rounded from master
+  float* master = nullptr;  // [n] f32
+  float* grad = nullptr;    // [n] f32, set to zero by adamw()
+  float* m = nullptr;       // [n] f32
+  float* v = nullptr;       // [n] f32
+  void* weight = nullptr;   // [n] C: what the forward pass reads; rounded from master
   int64_t n = 0;
-  int32_t job = 0;           // index into AdamJob
-  float lr = 0;              // of this tensor (LoRA+ gives B its own)
+  int32_t job = 0;  // index into AdamJob
+  float lr = 0;     // of this tensor (LoRA+ gives B its own)
 };
 
 // One adapter's update (Loshchilov & Hutter, "Decoupled weight decay regularization", ICLR 2019).
@@ -203,7 +205,7 @@ struct AdamBatch {
   const AdamTensor* tensors = nullptr;  // [tensor_count] device, ordered by job
   const AdamTensor* host_tensors = nullptr;
   int32_t tensor_count = 0;
-  const AdamJob* jobs = nullptr;        // [job_count] device
+  const AdamJob* jobs = nullptr;  // [job_count] device
   const AdamJob* host_jobs = nullptr;
   int32_t job_count = 0;
 };
@@ -238,10 +240,11 @@ class Ops {
   virtual void lora_shrink(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) = 0;
   // y[:, part] += scale * s[:, r0:r0+R] B^T.                  s [T, >= max_rank] C; y [T, sum out] C or f32
   virtual void lora_expand(const LoraLinear& linear, const LoraGroups& groups, TensorView s, TensorView y) = 0;
-  // y = x W^T + bias, then lora_shrink and lora_expand: s and y end as these three leave them. One call for a fused linear that is one matrix
-  // (w [sum out, in], as device backends place it), so that a backend may fuse the three.                  y [T, sum out] C or f32
-  virtual void linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
-                           TensorView y) {
+  // y = x W^T + bias, then lora_shrink and lora_expand: s and y end as these three leave them. One call for a fused linear that is
+  // one matrix (w [sum out, in], as device backends place it), so that a backend may fuse the three.                  y [T, sum
+  // out] C or f32
+  virtual void linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                           TensorView s, TensorView y) {
     this->linear(x, w, bias, y);
     if (groups.count == 0 || groups.max_rank == 0) return;
     lora_shrink(linear, groups, x, s);
@@ -252,8 +255,8 @@ class Ops {
   // dx += (ds[:, r0:r0+R] A) * M, summed over parts.          ds [T, >= max_rank] C; dx [T, in] C
   virtual void lora_backward_x(const LoraLinear& linear, const LoraGroups& groups, TensorView ds, TensorView dx) = 0;
   // dB += scale * dy[:, part]^T s;  dA += ds^T (x * M).       groups with grads only, no two of one adapter; f32, in a fixed order
-  virtual void lora_backward_weights(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s,
-                                     TensorView dy, TensorView ds) = 0;
+  virtual void lora_backward_weights(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
+                                     TensorView ds) = 0;
 
   // y = x * rsqrt(mean(x^2) + eps) * w.                       x, y [T, H] C; w [H] C
   virtual void rms_norm(TensorView x, TensorView w, float eps, TensorView y) = 0;
@@ -269,21 +272,22 @@ class Ops {
   // (half-split, Su et al. 2021: first half with second half). Rows whose kv_slots >= 0 write k and v to slot = page * P + offset;
   // kv_slots null: no row writes.
   // raw [n, (Q + K) D] C or empty: q and k before the norm of the first n rows, kept for backward.
-  virtual void rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
-                    TensorView raw, const int32_t* kv_slots, KvLayer kv, const KvShape& kv_shape) = 0;
+  virtual void rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm,
+                    float eps, TensorView raw, const int32_t* kv_slots, KvLayer kv, const KvShape& kv_shape) = 0;
   // The gradient of rope() on the q and k columns of dqkv [T, (Q + 2K) D] C, in place. raw as kept (empty without q/k norm).
   virtual void rope_backward(TensorView dqkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm,
                              float eps, TensorView raw) = 0;
 
   // out = softmax(scale q k^T, causal) v over the pages.      q [T, Q D] C (may be columns of qkv); out [T, Q D] C
-  virtual void attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, const AttentionShape& shape,
-                               TensorView out) = 0;
+  virtual void attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,
+                               const AttentionShape& shape, TensorView out) = 0;
   // The same over packed sequences; lse [T, Q] f32 = log of the sum of exp of the scaled scores (natural log), or empty.
   virtual void attention_packed(TensorView q, TensorView k, TensorView v, const PackedBatch& batch, const AttentionShape& shape,
                                 TensorView out, TensorView lse) = 0;
   // Gradients of attention_packed over whole sequences (q_rows = kv_rows). dq [T, Q D], dk, dv [T, K D] C, overwritten.
   virtual void attention_backward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dout,
-                                  const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk, TensorView dv) = 0;
+                                  const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk,
+                                  TensorView dv) = 0;
 
   // y = silu(gate) * up.                                      gate_up [T, 2F] C (gate first); y [T, F] C
   virtual void swiglu(TensorView gate_up, TensorView y) = 0;
@@ -302,13 +306,13 @@ class Ops {
 
   // norm[j] = L2 norm of all gradients of job j, in a fixed order.   norm [job_count] f32 device
   virtual void grad_norm(const AdamBatch& batch, float* norm) = 0;
-  // AdamW on every tensor: g = grad * min(1, max_grad_norm / (norm + 1e-6)) as torch clips; m, v, master, weight updated, grad zeroed.
-  // A job whose norm is not finite is skipped: master, m, v, weight stay, its grad is zeroed.
+  // AdamW on every tensor: g = grad * min(1, max_grad_norm / (norm + 1e-6)) as torch clips; m, v, master, weight updated, grad
+  // zeroed. A job whose norm is not finite is skipped: master, m, v, weight stay, its grad is zeroed.
   virtual void adamw(const AdamBatch& batch, const float* norm) = 0;
 };
 
-// The CPU backend: f32, `threads` as in ThreadPool. `deterministic`: every output row is computed by the same sequence of operations
-// whatever the number of rows beside it, so results do not depend on the batch bit for bit (slower products).
+// The CPU backend: f32, `threads` as in ThreadPool. `deterministic`: every output row is computed by the same sequence of
+// operations whatever the number of rows beside it, so results do not depend on the batch bit for bit (slower products).
 std::unique_ptr<Ops> make_cpu_ops(int threads, bool deterministic);
 
 // The CUDA backend, from its own shared library, loaded at the first call. Throws DeviceError naming what is missing.

@@ -1,5 +1,5 @@
-// The engine from C++: serving and training in the same steps, backward cut over steps, exceptions in the middle of a step, a random soak.
-// Parity with transformers + PEFT is tested from Python; here the engine is compared with itself.
+// The engine from C++: serving and training in the same steps, backward cut over steps, exceptions in the middle of a step, a
+// random soak. Parity with transformers + PEFT is tested from Python; here the engine is compared with itself.
 #include <cstdlib>
 #include <iostream>
 #include <map>
@@ -310,8 +310,9 @@ TEST(random_work_ends_every_id_once_and_gives_everything_back) {
   for (int i = 0; i < steps; ++i) {
     if (names.size() < 8 && random() % 4 == 0) {
       names.push_back("adapter-" + std::to_string(i));
-      LoraConfig config = lora(1 + static_cast<int>(random() % 9), random(), random() % 3 ? std::vector<std::string>{"all-linear"}
-                                                                                          : std::vector<std::string>{"v_proj", "lm_head"});
+      LoraConfig config =
+          lora(1 + static_cast<int>(random() % 9), random(),
+               random() % 3 ? std::vector<std::string>{"all-linear"} : std::vector<std::string>{"v_proj", "lm_head"});
       config.lora_dropout = random() % 2 ? 0.1 : 0;
       engine.add_adapter(names.back(), config);
     }
@@ -321,7 +322,8 @@ TEST(random_work_ends_every_id_once_and_gives_everything_back) {
       names.erase(names.begin() + static_cast<long>(n));
     }
     for (int k = static_cast<int>(random() % 3); k > 0; --k) {
-      InferOptions o{.adapter = names.empty() || random() % 4 == 0 ? "" : names[pick(names.size())], .sampling = greedy(1 + random() % 30)};
+      InferOptions o{.adapter = names.empty() || random() % 4 == 0 ? "" : names[pick(names.size())],
+                     .sampling = greedy(1 + random() % 30)};
       o.sampling.temperature = random() % 2;
       o.sampling.logprobs = random() % 3;
       o.sampling.prompt_logprobs = random() % 5 == 0;

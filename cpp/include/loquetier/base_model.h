@@ -23,21 +23,22 @@ struct HostTensor {
 
 class BaseModel {
  public:
-  // A Hugging Face folder: config.json and model.safetensors, or shards with model.safetensors.index.json. Families: Llama, Mistral,
-  // Qwen2, Qwen3 (dense). The files are memory-mapped and must not be changed while the model lives.
-  // Throws FormatError (content), InvalidArgument (unsupported model, named), NotFound (no such file).
+  // A Hugging Face folder: config.json and model.safetensors, or shards with model.safetensors.index.json. Families: Llama,
+  // Mistral, Qwen2, Qwen3 (dense). The files are memory-mapped and must not be changed while the model lives. Throws FormatError
+  // (content), InvalidArgument (unsupported model, named), NotFound (no such file).
   static std::shared_ptr<const BaseModel> load(const std::filesystem::path& folder);
   // Weights by their Hugging Face names, with the text of a config.json.
   static std::shared_ptr<const BaseModel> from_tensors(const std::string& config_json, std::map<std::string, HostTensor> tensors);
   // Random normal weights (standard deviation 0.02; norms 1) of a config's shape, for benchmarks. dtype "f32", "bf16" or "f16".
-  static std::shared_ptr<const BaseModel> random(const std::string& config_json, uint64_t seed = 0, const std::string& dtype = "f32");
+  static std::shared_ptr<const BaseModel> random(const std::string& config_json, uint64_t seed = 0,
+                                                 const std::string& dtype = "f32");
 
   int64_t vocab_size() const;
   int64_t max_positions() const;
   int64_t num_layers() const;
   int64_t num_parameters() const;
-  std::string family() const;                      // "llama", "mistral", "qwen2", "qwen3"
-  const std::vector<int32_t>& eos_token_ids() const;  // from generation_config.json, else config.json
+  std::string family() const;                               // "llama", "mistral", "qwen2", "qwen3"
+  const std::vector<int32_t>& eos_token_ids() const;        // from generation_config.json, else config.json
   const BaseWeights& weights() const { return *weights_; }  // internal
 
   explicit BaseModel(std::unique_ptr<BaseWeights> weights);

@@ -24,13 +24,13 @@ namespace loquetier {
 
 struct AdapterInfo {
   std::string name;
-  int64_t version = 0;      // optimizer steps so far (kept by clone, export and import)
+  int64_t version = 0;  // optimizer steps so far (kept by clone, export and import)
   LoraConfig config;
   int64_t parameters = 0;
-  int64_t bytes = 0;        // in the pool
-  bool resident = false;    // in device memory now
-  bool training = false;    // has training state (master weights, gradients, moments)
-  int64_t requests = 0;     // waiting and running
+  int64_t bytes = 0;      // in the pool
+  bool resident = false;  // in device memory now
+  bool training = false;  // has training state (master weights, gradients, moments)
+  int64_t requests = 0;   // waiting and running
 };
 
 struct EngineStats {
@@ -48,7 +48,7 @@ struct EngineStats {
 
 // A copy of one adapter tensor by its PEFT key.
 struct NamedTensor {
-  std::string name;            // "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+  std::string name;  // "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
   std::vector<int64_t> shape;
   std::vector<float> data;
 };
@@ -93,7 +93,7 @@ class Engine {
   // Every adapter with its training state, in one folder (temporary name, synced, renamed). Requests and queued jobs are not in it.
   void save_checkpoint(const std::filesystem::path& folder) const;
   void load_checkpoint(const std::filesystem::path& folder);  // into an engine without adapters of those names
-  void close();                // frees everything; later calls throw InvalidArgument. Called by the destructor.
+  void close();  // frees everything; later calls throw InvalidArgument. Called by the destructor.
 
   const BaseModel& base_model() const;
   const EngineOptions& options() const;

@@ -12,11 +12,23 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-class InvalidArgument : public Error { using Error::Error; };  // ValueError
-class NotFound : public Error { using Error::Error; };         // KeyError
-class OutOfMemory : public Error { using Error::Error; };      // MemoryError
-class FormatError : public Error { using Error::Error; };      // ValueError: a file's content is not what its format says
-class DeviceError : public Error { using Error::Error; };      // RuntimeError: the engine refuses further work after one
-class QueueFull : public Error { using Error::Error; };        // RuntimeError: back-pressure; submit again later
+class InvalidArgument : public Error {
+  using Error::Error;
+};  // ValueError
+class NotFound : public Error {
+  using Error::Error;
+};  // KeyError
+class OutOfMemory : public Error {
+  using Error::Error;
+};  // MemoryError
+class FormatError : public Error {
+  using Error::Error;
+};  // ValueError: a file's content is not what its format says
+class DeviceError : public Error {
+  using Error::Error;
+};  // RuntimeError: the engine refuses further work after one
+class QueueFull : public Error {
+  using Error::Error;
+};  // RuntimeError: back-pressure; submit again later
 
 }  // namespace loquetier
