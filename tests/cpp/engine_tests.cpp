@@ -27,7 +27,7 @@ std::shared_ptr<const BaseModel> tiny_model() {
 
 EngineOptions small_options() {
   EngineOptions options;
-  options.device = "cpu";
+  options.device = test::option("--device", "cpu");  // the random soak runs on a GPU too
   options.num_threads = 1;
   options.max_batch_tokens = 64;
   options.max_sequences = 8;
