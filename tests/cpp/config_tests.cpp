@@ -1,35 +1,20 @@
 // Configurations and adapters: config.json of every family, rotary frequencies against transformers' numbers, the fused linears,
 // PEFT configurations and their matching rules, adapter folders, initial weights, snapshots. Files in general are in io_tests.cpp.
-#include <stdlib.h>
 
 #include <cmath>
-#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "check.h"
 #include "io/hf_config.h"
+#include "temp_folder.h"
 
 using namespace loquetier;
 namespace fs = std::filesystem;
+using test::put;
+using test::TempFolder;
 using Json = nlohmann::ordered_json;
 
 namespace {
-
-class TempFolder {
- public:
-  TempFolder() {
-    std::string name = (fs::temp_directory_path() / "loquetier-config-XXXXXX").string();
-    path_ = ::mkdtemp(name.data());
-  }
-  ~TempFolder() { fs::remove_all(path_); }
-  fs::path operator/(const std::string& name) const { return path_ / name; }
-  const fs::path& path() const { return path_; }
-
- private:
-  fs::path path_;
-};
-
-void put(const fs::path& path, const std::string& bytes) { std::ofstream(path, std::ios::binary) << bytes; }
 
 Json base_json(const std::string& family = "llama") {
   return {{"model_type", family},   {"vocab_size", 32},         {"hidden_size", 16},        {"intermediate_size", 24},

@@ -1,39 +1,25 @@
 // Files: safetensors in and out and every way they can be wrong, checkpoint folders, atomic writes, element conversion, regular
 // expressions. Configurations and adapters are in config_tests.cpp.
-#include <stdlib.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
 #include <bit>
 #include <csignal>
 #include <cstring>
-#include <fstream>
 #include <limits>
 #include <random>
 
 #include "check.h"
 #include "io/pattern.h"
 #include "io/safetensors.h"
+#include "temp_folder.h"
 
 using namespace loquetier;
 namespace fs = std::filesystem;
+using test::put;
+using test::TempFolder;
 
 namespace {
-
-// A folder of its own for every test, removed at its end.
-class TempFolder {
- public:
-  TempFolder() {
-    std::string name = (fs::temp_directory_path() / "loquetier-io-XXXXXX").string();
-    path_ = ::mkdtemp(name.data());
-  }
-  ~TempFolder() { fs::remove_all(path_); }
-  fs::path operator/(const std::string& name) const { return path_ / name; }
-  const fs::path& path() const { return path_; }
-
- private:
-  fs::path path_;
-};
 
 std::string file_of(const std::string& header, size_t data_bytes = 0) {
   const uint64_t n = header.size();
@@ -54,8 +40,6 @@ std::string content(const fs::path& path) {
   std::ifstream in(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(in), {}};
 }
-
-void put(const fs::path& path, const std::string& bytes) { std::ofstream(path, std::ios::binary) << bytes; }
 
 std::vector<std::string> names_in(const fs::path& folder) {
   std::vector<std::string> names;

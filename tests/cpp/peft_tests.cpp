@@ -1,40 +1,25 @@
 // Adapters: PEFT configurations and their matching rules, adapter folders, initial weights, snapshots; every way they can be wrong.
 // Model configurations are in config_tests.cpp, files in general in io_tests.cpp.
-#include <stdlib.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
 
 #include "check.h"
 #include "io/checkpoint.h"
 #include "io/hf_config.h"
+#include "temp_folder.h"
 
 using namespace loquetier;
 namespace fs = std::filesystem;
+using test::put;
+using test::TempFolder;
 using Json = nlohmann::ordered_json;
 
 namespace {
-
-class TempFolder {
- public:
-  TempFolder() {
-    std::string name = (fs::temp_directory_path() / "loquetier-peft-XXXXXX").string();
-    path_ = ::mkdtemp(name.data());
-  }
-  ~TempFolder() { fs::remove_all(path_); }
-  fs::path operator/(const std::string& name) const { return path_ / name; }
-  const fs::path& path() const { return path_; }
-
- private:
-  fs::path path_;
-};
-
-void put(const fs::path& path, const std::string& bytes) { std::ofstream(path, std::ios::binary) << bytes; }
 
 ModelConfig small_model(const std::string& family = "llama") {
   const Json json = {
