@@ -1,5 +1,6 @@
 // The engine from C++: serving and training in the same steps, backward cut over steps, exceptions in the middle of a step, a
 // random soak. Parity with transformers + PEFT is tested from Python; here the engine is compared with itself.
+#include <atomic>
 #include <cstdlib>
 #include <iostream>
 #include <map>
@@ -290,6 +291,40 @@ TEST(non_finite_gradients_skip_the_update) {
   for (float g : flat(engine, "a", "gradients")) CHECK_EQ(g, 0.0f);
   const int64_t good = engine.submit_train("a", examples(1, 2, 8), with_optimizer());
   CHECK(drain(engine).trained.at(good).applied);
+}
+
+TEST(threads_submit_cancel_and_change_adapters_while_one_steps) {
+  Engine engine(tiny_model(), small_options());
+  engine.add_adapter("shared", lora(4, 1));
+  constexpr int kThreads = 3, kRounds = 40;
+  std::atomic<int> running{kThreads};
+  std::atomic<int64_t> submitted{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      std::mt19937 random(static_cast<uint32_t>(t));
+      const std::string own = "own-" + std::to_string(t);
+      for (int i = 0; i < kRounds; ++i) {
+        if (i % 10 == 0) engine.add_adapter(own, lora(2 + t, random()));
+        const int64_t id =
+            engine.submit_infer(tokens(random, 3 + i % 9), {.adapter = i % 2 ? own : "shared", .sampling = greedy(1 + i % 6)});
+        engine.submit_train(own, examples(random(), 1, 6), i % 2 ? with_optimizer() : TrainOptions{});
+        engine.submit_eval("shared", examples(random(), 1, 5));
+        submitted += 3;
+        if (i % 4 == 0) engine.cancel(id);
+        (void)engine.stats();
+        (void)engine.has_work();
+        if (i % 10 == 9) engine.remove_adapter(own);
+      }
+      --running;
+    });
+  }
+  Outcome outcome;
+  while (running > 0 || engine.has_work()) outcome.take(engine.step());
+  for (std::thread& thread : threads) thread.join();
+  while (engine.has_work()) outcome.take(engine.step());
+  CHECK_EQ(static_cast<int64_t>(outcome.requests.size() + outcome.trained.size() + outcome.evaluated.size()), submitted.load());
+  CHECK_EQ(engine.adapters().size(), 1u);
 }
 
 TEST(random_work_ends_every_id_once_and_gives_everything_back) {
