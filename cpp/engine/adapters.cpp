@@ -91,9 +91,7 @@ AdapterSnapshot Engine::Impl::snapshot(const std::string& name) const {
   AdapterPtr record;
   {
     std::lock_guard guard(front);
-    require_usable();
-    require(!name.empty(), "[engine] adapter: expected a name, got the base model");
-    record = find(name);
+    record = find_named(name, "[engine] adapter");
     require(record->live_jobs == 0, "[engine] adapter \"", name, "\": expected no queued jobs, ", record->live_jobs,
             " have not ended; step until they have");
   }
@@ -158,9 +156,7 @@ void Engine::clone_adapter(const std::string& src, const std::string& dst) {
   AdapterPtr source;
   {
     std::lock_guard guard(impl_->front);
-    impl_->require_usable();
-    require(!src.empty(), "[clone_adapter] src: expected a name, got the base model");
-    source = impl_->find(src);
+    source = impl_->find_named(src, "[clone_adapter] src");
     impl_->require_new_name(dst);
   }
   const bool trained = source->train != nullptr;
@@ -173,12 +169,10 @@ void Engine::clone_adapter(const std::string& src, const std::string& dst) {
 
 void Engine::remove_adapter(const std::string& name) {
   std::lock_guard guard(impl_->front);
-  impl_->require_usable();
-  require(!name.empty(), "[remove_adapter] name: expected a name, got the base model");
-  AdapterPtr record = impl_->find(name);
+  AdapterPtr record = impl_->find_named(name, "[remove_adapter] name");
   impl_->registry.erase(name);
-  impl_->inbox.push_back(RemoveCommand{std::move(record)});
-  impl_->undelivered = true;  // the pool is given back at the next step, also with nothing else to do
+  impl_->inbox.push_back(
+      RemoveCommand{std::move(record)});  // the pool is given back at the next step, also with nothing else to do
 }
 
 void Engine::save_adapter(const std::string& name, const std::filesystem::path& folder) const {
@@ -188,9 +182,7 @@ void Engine::save_adapter(const std::string& name, const std::filesystem::path& 
     AdapterPtr record;
     {
       std::lock_guard guard(impl_->front);
-      impl_->require_usable();
-      require(!name.empty(), "[save_adapter] name: expected a name, got the base model");
-      record = impl_->find(name);
+      record = impl_->find_named(name, "[save_adapter] name");
     }
     peft.config = record->config;
     peft.targets = record->layout->targets;
@@ -251,9 +243,7 @@ std::vector<NamedTensor> Engine::adapter_state(const std::string& name, const st
   AdapterPtr record;
   {
     std::lock_guard guard(impl_->front);
-    impl_->require_usable();
-    require(!name.empty(), "[adapter_state] name: expected a name, got the base model");
-    record = impl_->find(name);
+    record = impl_->find_named(name, "[adapter_state] name");
   }
   if (what == "weights") return named(*record->layout, impl_->core->pool.read(*record->weights));
   if (what == "master") return named(*record->layout, impl_->master_values(*record));

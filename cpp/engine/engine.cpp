@@ -123,6 +123,12 @@ AdapterPtr Engine::Impl::find(const std::string& name) const {
   return it->second;
 }
 
+AdapterPtr Engine::Impl::find_named(const std::string& name, const char* where) const {
+  require_usable();
+  require(!name.empty(), where, ": expected a name, got the base model");
+  return find(name);
+}
+
 int64_t Engine::Impl::submit(Request request) {
   std::lock_guard guard(front);
   require_usable();
@@ -228,7 +234,7 @@ bool Engine::cancel(int64_t id) { return impl_->cancel(id); }
 
 bool Engine::has_work() const {
   std::lock_guard guard(impl_->front);
-  return !impl_->closed && (!impl_->live.empty() || impl_->undelivered);
+  return !impl_->closed && (!impl_->live.empty() || !impl_->inbox.empty() || impl_->undelivered);
 }
 
 StepResult Engine::step() { return impl_->step(); }

@@ -108,8 +108,9 @@ struct Engine::Impl {
   std::function<void(const char* phase)> probe;  // called between phases; tests throw from it
 
   // submission (engine.cpp)
-  void require_usable() const;                     // front held
-  AdapterPtr find(const std::string& name) const;  // front held; null for ""
+  void require_usable() const;                                              // front held
+  AdapterPtr find(const std::string& name) const;                           // front held; null for ""
+  AdapterPtr find_named(const std::string& name, const char* where) const;  // front held; refuses the base model
   int64_t submit(Request request);
   int64_t submit(Job job);
   bool cancel(int64_t id);
