@@ -1,5 +1,6 @@
 // The planner: each rule by itself, then random queues by the hundred thousand steps (planner_driver.h).
-// Options: --steps N (of the random queues), --seed S (of their first episode).
+// Options: --steps N (of the random queues), --seed S (of their first episode). Long because a test executable is one file and
+// every rule of the planner has a test of its own here.
 #include <cstdlib>
 #include <map>
 
