@@ -15,6 +15,7 @@
 
 #include "core/memory.h"
 #include "ops/ops.h"
+#include "tensor_maps.h"
 
 namespace loquetier::cuda {
 
@@ -127,7 +128,8 @@ class CudaOps final : public Ops {
   void adamw(const AdamBatch& batch, const float* norm) override;
 
  private:
-  void shrink_on(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s);
+  // False: no group has a rank here, nothing was launched.
+  bool shrink_on(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s);
   // Shrink and expand in one launch when every group is small (lora_decode.cu); false: not such a batch, nothing was done.
   bool lora_small(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView y);
   // Expand that overwrites: y = scale * s B^T, zero where a row or part has no adapter (lora_spread.cu).
@@ -142,8 +144,10 @@ class CudaOps final : public Ops {
   cublasLtHandle_t blas_ = nullptr;
   Buffer blas_workspace_;
   std::unordered_map<LinearKey, cublasLtMatmulAlgo_t, LinearKeyHash> linear_algorithms_;
-  Scratch sample_scratch_;  // logits of tokens that bias or penalties change
-  Scratch norm_scratch_;    // partial sums of gradient norms
+  TensorMaps tensor_maps_;
+  Buffer decode_workspace_;  // linear_decode.h
+  Scratch sample_scratch_;   // logits of tokens that bias or penalties change
+  Scratch norm_scratch_;     // partial sums of gradient norms
   Scratch attention_scratch_;
   std::unique_ptr<AttentionPlans> attention_plans_;
   // A branch beside the main stream: shrink runs on it while the base product runs.

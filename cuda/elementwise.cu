@@ -11,12 +11,15 @@ constexpr int kThreads = 256;
 
 // A grid over rows x vectors of N columns.
 Launch over(int64_t rows, int64_t vectors, cudaStream_t stream, std::source_location where = std::source_location::current()) {
-  return {dim3(static_cast<unsigned>(ceil_div(rows * vectors, kThreads))), dim3(kThreads), 0, stream, 1, where};
+  return {dim3(static_cast<unsigned>(ceil_div(rows * vectors, kThreads))), dim3(kThreads), 0, stream, 1, where, true};
 }
 
-// The (row, column) of this thread, or false past the end. cols counts elements and is a multiple of N.
+// The (row, column) of this thread, or false past the end. cols counts elements and is a multiple of N. Every kernel here begins
+// with it, so it also waits for the launch in front.
 template <int N>
 __device__ inline bool place(int64_t rows, int64_t cols, int64_t& row, int64_t& col) {
+  wait_for_previous();
+  let_next_start();
   const int64_t vectors = cols / N, i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   if (i >= rows * vectors) return false;
   row = i / vectors;

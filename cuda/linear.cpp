@@ -1,5 +1,5 @@
-// Plain products through cuBLASLt, and construction of the backend. cuBLASLt is column-major, so a row-major y [T, N] is its N x T
-// matrix:
+// Plain products through cuBLASLt (few rows: linear_decode.cu), and construction of the backend. cuBLASLt is column-major, so a
+// row-major y [T, N] is its N x T matrix:
 //   forward   y^T [N, T] = w (stored K x N, transposed) * x^T [K, T]        backward   dx^T [K, T] = w^T (K x N, as stored) * dy^T
 //   [N, T]
 // Algorithms come from cuBLASLt's heuristic, once per shape with the rows rounded up to a bucket. In deterministic mode the rows
@@ -12,6 +12,7 @@
 #include "core/check.h"
 #include "cuda_check.h"
 #include "cuda_ops.h"
+#include "linear_decode.h"
 #include "lora_call.h"
 
 namespace loquetier::cuda {
@@ -92,6 +93,8 @@ CudaOps::CudaOps(int device, DType compute_dtype, bool deterministic)
       attention_scratch_(device_) {
   require(dtype_ == DType::bf16 || dtype_ == DType::f16, "[cuda] compute dtype: expected bf16 or f16, got ", name_of(dtype_));
   blas_workspace_ = Buffer(device_, kBlasWorkspace);
+  decode_workspace_ = Buffer(device_, decode_workspace_bytes(device_.processors()));
+  device_.zero(decode_workspace_.data(), decode_workspace_.bytes());
   check(cublasLtCreate(&blas_), "cublasLtCreate");
   check(cudaStreamCreateWithFlags(&branch_.stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
   check(cudaEventCreateWithFlags(&branch_.fork, cudaEventDisableTiming), "cudaEventCreateWithFlags");
@@ -163,6 +166,10 @@ void CudaOps::linear_onto(TensorView x, TensorView w, TensorView bias, TensorVie
           name_of(y.dtype));
   if (x.rows == 0 || w.rows == 0) return;
   device_.use();
+  if (!deterministic_ && !accumulate && y.dtype == dtype_ &&
+      decode_linear(tensor_maps_, decode_workspace_.data(), x, w, bias.data, y, {}, device_.processors(), stream())) {
+    return;
+  }
   const int32_t alignment =
       std::min({alignment_of(x.data, x.ld, dtype_), alignment_of(w.data, w.ld, dtype_), alignment_of(y.data, y.ld, y.dtype)});
   const LinearKey key = {deterministic_ ? kDeterministicRows : bucket_of(x.rows),
@@ -179,7 +186,8 @@ void CudaOps::linear_onto(TensorView x, TensorView w, TensorView bias, TensorVie
   matmul(key, x.data, w.data, bias.data, y.data, x.rows);
 }
 
-// Three ways, each the fastest of what was measured at its size (benchmarks/results):
+// Four ways, each the fastest of what was measured at its size (benchmarks/results):
+// * A decode step: the shrink, then base product and expand in one launch (linear_decode.cu).
 // * Many rows with adapters: the expand writes y first and the base product adds to it, whose epilogue reads y while other tiles
 // compute; the other way
 //   round y would be read and written once more, bound by bandwidth. Rounding differs by one step, so the deterministic mode, where
@@ -200,7 +208,15 @@ void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const Lor
   }
   expect("linear_lora", "s", s, dtype_, x.rows, -1);
   require(s.cols >= groups.max_rank, "[linear_lora] s: expected at least ", groups.max_rank, " columns, got ", s.cols);
-  lora_call("linear_lora", linear, groups, x.rows);  // for its checks
+  const LoraCall call = lora_call("linear_lora", linear, groups, x.rows);
+  if (!deterministic_ && y.dtype == dtype_ && x.rows <= kMaxDecodeRows && fast_layout(linear, groups, {x, s, y}) &&
+      !count_tiles(groups, 8).dropout) {
+    const DecodeLora lora = shrink_on(stream(), linear, groups, x, s) ? DecodeLora{call, s} : DecodeLora{};
+    if (decode_linear(tensor_maps_, decode_workspace_.data(), x, w, bias.data, y, lora, device_.processors(), stream())) return;
+    linear_onto(x, w, bias, y, false);
+    lora_expand(linear, groups, s, y);
+    return;
+  }
   int64_t covered = 0;
   for (int32_t g = 0; g < groups.count; ++g) covered += groups.host_groups[g].sites != nullptr ? groups.host_groups[g].rows : 0;
   if (!deterministic_ && y.dtype == dtype_ && covered >= kFillRows && 2 * covered >= x.rows) {

@@ -23,6 +23,8 @@ struct ReduceArgs {
 template <class T, int MT, int NT, Product kProduct, bool kFast>
 __global__ void __launch_bounds__(kLoraThreads) reduce_kernel(ReduceArgs a) {
   extern __shared__ float shared[];
+  wait_for_previous();  // before the next launch may start: the decode product relies on x being there when it begins
+  let_next_start();
   auto cluster = cooperative_groups::this_cluster();
   const int cluster_size = static_cast<int>(cluster.num_blocks()), cluster_rank = static_cast<int>(cluster.block_rank());
   const Tile tile = find_tile(a.call, NT * 8, static_cast<int>(blockIdx.x) / cluster_size);
@@ -119,7 +121,8 @@ void launch_reduce(const Plan& plan, const ReduceArgs& args, int products, cudaS
          static_cast<size_t>(reduce_floats(MT, NT)) * sizeof(float),
          stream,
          plan.cluster,
-         where}(reduce_kernel<T, MT, NT, kProduct, kFast>, args);
+         where,
+         true}(reduce_kernel<T, MT, NT, kProduct, kFast>, args);
 }
 
 // Rank tiles of a block: as many as the largest rank needs, at most 64 ranks; larger ranks go in ranges.
@@ -167,12 +170,12 @@ void CudaOps::lora_shrink(const LoraLinear& linear, const LoraGroups& groups, Te
   shrink_on(stream(), linear, groups, x, s);
 }
 
-void CudaOps::shrink_on(cudaStream_t on, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) {
+bool CudaOps::shrink_on(cudaStream_t on, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) {
   expect("lora_shrink", "x", x, dtype_, -1, linear.in);
   const LoraCall call = lora_call("lora_shrink", linear, groups, x.rows);
   int stacked, single;
   ranks_of(linear, groups, stacked, single);
-  if (stacked == 0 || x.rows == 0) return;
+  if (stacked == 0 || x.rows == 0) return false;
   expect("lora_shrink", "s", s, dtype_, x.rows, -1);
   require(s.cols >= stacked, "[lora_shrink] s: expected at least ", stacked, " columns, got ", s.cols);
   device_.use();
@@ -191,6 +194,7 @@ void CudaOps::shrink_on(cudaStream_t on, const LoraLinear& linear, const LoraGro
                                                args, single, linear.parts, on);
     }
   });
+  return true;
 }
 
 void CudaOps::lora_backward_s(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView ds) {

@@ -17,7 +17,7 @@ if(LOQUETIER_WERROR)
 endif()
 
 set(loquetier_cuda_objects)
-foreach(name IN ITEMS adamw attention_plain elementwise lora_decode lora_grad lora_reduce lora_spread loss norm rope sampling)
+foreach(name IN ITEMS adamw attention_plain elementwise linear_decode lora_decode lora_grad lora_reduce lora_spread loss norm rope sampling)
   set(source ${PROJECT_SOURCE_DIR}/cuda/${name}.cu)
   set(object ${PROJECT_BINARY_DIR}/cuda/${name}.cu.o)
   add_custom_command(OUTPUT ${object}
@@ -29,7 +29,7 @@ foreach(name IN ITEMS adamw attention_plain elementwise lora_decode lora_grad lo
 endforeach()
 file(MAKE_DIRECTORY ${PROJECT_BINARY_DIR}/cuda)
 
-add_library(loquetier_cuda SHARED cuda/attention.cpp cuda/attention_cudnn.cpp cuda/device.cpp cuda/linear.cpp cuda/lora_call.cpp ${loquetier_cuda_objects})
+add_library(loquetier_cuda SHARED cuda/attention.cpp cuda/attention_cudnn.cpp cuda/device.cpp cuda/linear.cpp cuda/lora_call.cpp cuda/tensor_maps.cpp ${loquetier_cuda_objects})
 set_source_files_properties(${loquetier_cuda_objects} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
 target_include_directories(loquetier_cuda PRIVATE cuda cpp)
 target_include_directories(loquetier_cuda SYSTEM PRIVATE ${LoquetierCuda_FRONTEND_INCLUDE} ${LoquetierCuda_CUDNN_INCLUDE}

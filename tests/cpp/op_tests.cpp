@@ -91,6 +91,17 @@ TEST(linear) {
       for (const int64_t t : {1, 2, 3, 4, 6, 33, 49, 61})
         for (const int64_t n : {1, 3, 5, 31, 33, 97, 129})
           for (const int64_t k : {1, 15, 17, 33}) shapes.push_back({t, n, k});
+    else  // few rows on a device: shares of k, several tiles a block, tiles and k that end early
+      for (const Shape& s : std::vector<Shape>{{1, 512, 4096},
+                                               {16, 4096, 1024},
+                                               {17, 6144, 520},
+                                               {64, 40000, 64},
+                                               {64, 7168, 512},
+                                               {63, 264, 2056},
+                                               {65, 1000, 1096},
+                                               {128, 520, 2048},
+                                               {100, 17000, 128}})
+        shapes.push_back(s);
     for (const Shape& s : shapes)
       for (const bool with_bias : {false, true}) {
         Host x = rig.random(s.t, s.k), w = rig.random(s.n, s.k), bias = rig.random(1, s.n), none;
