@@ -70,6 +70,7 @@ class Scratch {
 };
 
 class AttentionPlans;  // attention_cudnn.cpp
+class FusedLinear;     // fused_linear.cpp
 
 class CudaOps final : public Ops {
  public:
@@ -97,6 +98,15 @@ class CudaOps final : public Ops {
 
   void linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
                    TensorView y) override;
+  void linear_lora_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
+                            TensorView dx) override;
+  // The two ways of linear_lora with many rows, s being there already; the benchmark compares them.
+  // Base and LoRA as one product. False: does not fit, nothing was done.
+  bool linear_lora_fused(TensorView x, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
+                         TensorView y);
+  // The expand writes y, and the base product adds to it.
+  void linear_lora_filled(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                          TensorView s, TensorView y);
 
   void rms_norm(TensorView x, TensorView w, float eps, TensorView y) override;
   void add_rms_norm(TensorView x, TensorView delta, TensorView w, float eps, TensorView sum, TensorView y) override;
@@ -146,6 +156,7 @@ class CudaOps final : public Ops {
   Scratch norm_scratch_;    // partial sums of gradient norms
   Scratch attention_scratch_;
   std::unique_ptr<AttentionPlans> attention_plans_;
+  std::unique_ptr<FusedLinear> fused_linear_;
   // A branch beside the main stream: shrink runs on it while the base product runs.
   struct Branch {
     cudaStream_t stream = nullptr;
