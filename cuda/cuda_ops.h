@@ -1,5 +1,6 @@
 // The CUDA backend's class. Each topic has its own file: device.cpp, linear.cpp (construction, products), elementwise.cu, norm.cu,
-// rope.cu, lora_*.cu, attention.cpp with attention_cudnn.cpp and attention_plain.cu (any shape), loss.cu, sampling.cu, adamw.cu.
+// rope.cu, lora_*.cu, fused_linear.cpp (base and LoRA as one product), attention.cpp with attention_cudnn.cpp and
+// attention_plain.cu (any shape), loss.cu, sampling.cu, adamw.cu.
 //
 // Ops are ordered on one stream (a branch may run beside it inside an op), allocate nothing and wait for nothing, so they can be
 // captured in a CUDA graph. Two things are made at first use, before any capture: attention plans (cuDNN compiles them), and
@@ -100,10 +101,12 @@ class CudaOps final : public Ops {
                    TensorView y) override;
   void linear_lora_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
                             TensorView dx) override;
-  // The two ways of linear_lora with many rows, s being there already; the benchmark compares them.
+  // The ways of linear_lora and linear_lora_backward with many rows, s and ds being there already; the benchmark compares them.
   // Base and LoRA as one product. False: does not fit, nothing was done.
   bool linear_lora_fused(TensorView x, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
                          TensorView y);
+  bool linear_lora_backward_fused(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
+                                  TensorView dx);
   // The expand writes y, and the base product adds to it.
   void linear_lora_filled(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
                           TensorView s, TensorView y);

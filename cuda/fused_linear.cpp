@@ -122,13 +122,13 @@ int32_t FusedLinear::backward(const LoraLinear& linear, const LoraGroups& groups
 int32_t FusedLinear::run(bool backward, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, TensorView s,
                          TensorView y) {
   int32_t taken = groups.count;
-  while (taken > 0 && (site_of(groups.host_groups[taken - 1], linear) == nullptr || groups.host_groups[taken - 1].rows < kLargeGroup))
+  while (taken > 0 &&
+         (site_of(groups.host_groups[taken - 1], linear) == nullptr || groups.host_groups[taken - 1].rows < kLargeGroup))
     --taken;
   groups.count = taken;
   FusedArgs args = {};
   FusedPackArgs pack = {};
-  if (clusters_[backward] == 0 || !fast_layout(linear, groups, {x, w, y}) ||
-      !lay_out(backward, linear, groups, x.rows, args, pack))
+  if (clusters_[backward] == 0 || !fast_layout(linear, groups, {x, w, y}) || !lay_out(backward, linear, groups, x.rows, args, pack))
     return -1;
   FusedTable& table = args.table;
   if (table.slots > 0 && !fast_layout(linear, groups, {s})) return -1;
@@ -188,12 +188,12 @@ CUtensorMap FusedLinear::map(const void* data, int64_t rows, int64_t cols, int64
   const cuuint64_t extents[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
   const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(ld) * size_of(dtype_)};
   const cuuint32_t box[2] = {kFusedDepth, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
-  const CUresult status = encode_(&to, dtype_ == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-                                  const_cast<void*>(data), extents, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  require<DeviceError>(status == CUDA_SUCCESS, "[cuda] cuTensorMapEncodeTiled: error ", static_cast<int>(status), " for [", rows, ", ",
-                       cols, "] with ", ld, " elements from row to row");
+  const CUresult status =
+      encode_(&to, dtype_ == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+              const_cast<void*>(data), extents, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  require<DeviceError>(status == CUDA_SUCCESS, "[cuda] cuTensorMapEncodeTiled: error ", static_cast<int>(status), " for [", rows,
+                       ", ", cols, "] with ", ld, " elements from row to row");
   return to;
 }
 

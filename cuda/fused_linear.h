@@ -1,5 +1,5 @@
-// Decides whether a linear with LoRA runs as the one product of lora_fused.h, and runs it: which groups stand in which tiles, tensor
-// maps, E. Owned by CudaOps.
+// Decides whether a linear with LoRA runs as the one product of lora_fused.h, and runs it: which groups stand in which tiles,
+// tensor maps, E. Owned by CudaOps.
 #pragma once
 
 #include "cuda_ops.h"
@@ -11,9 +11,9 @@ class FusedLinear {
  public:
   FusedLinear(CudaDevice& device, DType dtype);
 
-  // y = x w^T + the groups' scale * s B^T, or dx = dy w + ds A: all of y or dx is overwritten. s and ds are there already. Returns how
-  // many of the groups, from the first on, are in it (small ones at the end cost less apart), or -1: does not fit, nothing was done.
-  // x [T, in]; w [sum out, in]; s [T, sum R]; y [T, sum out]
+  // y = x w^T + the groups' scale * s B^T, or dx = dy w + ds A: all of y or dx is overwritten. s and ds are there already. Returns
+  // how many of the groups, from the first on, are in it (small ones at the end cost less apart), or -1: does not fit, nothing was
+  // done. x [T, in]; w [sum out, in]; s [T, sum R]; y [T, sum out]
   int32_t forward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView s, TensorView y);
   int32_t backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds, TensorView dx);
 

@@ -267,12 +267,17 @@ void CudaOps::linear_lora_backward(TensorView dy, TensorView w, const LoraLinear
   expect("linear_lora_backward", "ds", ds, dtype_, dy.rows, -1);
   require(ds.cols >= groups.max_rank, "[linear_lora_backward] ds: expected at least ", groups.max_rank, " columns, got ", ds.cols);
   lora_call("linear_lora_backward", linear, groups, dy.rows);  // for its checks
-  int32_t taken = !deterministic_ && many_rows(groups, dy.rows) ? fused_linear_->backward(linear, groups, dy, w, ds, dx) : -1;
-  if (taken < 0) {
-    linear_backward(dy, w, dx, false);
-    taken = 0;
-  }
+  if (!deterministic_ && many_rows(groups, dy.rows) && linear_lora_backward_fused(dy, w, linear, groups, ds, dx)) return;
+  linear_backward(dy, w, dx, false);
+  lora_backward_x(linear, groups, ds, dx);
+}
+
+bool CudaOps::linear_lora_backward_fused(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups,
+                                         TensorView ds, TensorView dx) {
+  const int32_t taken = fused_linear_->backward(linear, groups, dy, w, ds, dx);
+  if (taken < 0) return false;
   if (taken < groups.count) lora_backward_x(linear, groups_from(groups, taken), ds, dx);
+  return true;
 }
 
 void CudaOps::linear_backward(TensorView dy, TensorView w, TensorView dx, bool accumulate) {

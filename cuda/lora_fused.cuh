@@ -1,24 +1,24 @@
-// The kernel of lora_fused.h: a persistent product of 128 x 256 tiles by TMA and wgmma, one warpgroup loading, two computing (64 rows
-// each). Instantiated per dtype in lora_fused_bf16.cu and lora_fused_f16.cu, forward and backward; CUTLASS is used for its
+// The kernel of lora_fused.h: a persistent product of 128 x 256 tiles by TMA and wgmma, one warpgroup loading, two computing (64
+// rows each). Instantiated per dtype in lora_fused_bf16.cu and lora_fused_f16.cu, forward and backward; CUTLASS is used for its
 // instruction wrappers and shared-memory layouts alone.
 //
 // Barriers. full[stage] completes when the bytes of both operands are in: every step brings the same number, whoever sent them.
-// empty[stage] completes when all computing warps of both blocks of the cluster have read the stage, for half of w's tile comes from
-// the other block. Both blocks therefore run the same steps, which the slots of FusedTable provide.
+// empty[stage] completes when all computing warps of both blocks of the cluster have read the stage, for half of w's tile comes
+// from the other block. Both blocks therefore run the same steps, which the slots of FusedTable provide.
 //
 // Shared memory is laid out as the 128-byte swizzle of TMA leaves it, which is also what the descriptors of wgmma expect:
 //   A operand, and B operand forward   rows of 64 elements of k (128 bytes), 8-row atoms
 //   B operand backward                 blocks of 64 columns; in each 64 rows of k of 64 columns
 #pragma once
 
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/numeric_types.h>
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90.hpp>
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/reg_reconfig.h>
-#include <cutlass/numeric_types.h>
 
 #include "lora.cuh"
 #include "lora_fused.h"
@@ -62,9 +62,9 @@ struct Layouts {
   static constexpr auto kMajorB = kBackward ? cute::GMMA::Major::MN : cute::GMMA::Major::K;
   using AtomB = std::conditional_t<kBackward, cute::GMMA::Layout_MN_SW128_Atom<E>, cute::GMMA::Layout_K_SW128_Atom<E>>;
   using OrderB = std::conditional_t<kBackward, cute::Step<cute::_2, cute::_1, cute::_3>, cute::Step<cute::_1, cute::_2, cute::_3>>;
-  using A = decltype(cute::tile_to_shape(
-      cute::GMMA::Layout_K_SW128_Atom<E>{},
-      cute::Shape<cute::Int<kFusedRows>, cute::Int<kFusedDepth>, cute::Int<kStages>>{}, cute::Step<cute::_1, cute::_2, cute::_3>{}));
+  using A = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<E>{},
+                                         cute::Shape<cute::Int<kFusedRows>, cute::Int<kFusedDepth>, cute::Int<kStages>>{},
+                                         cute::Step<cute::_1, cute::_2, cute::_3>{}));
   using B = decltype(cute::tile_to_shape(
       AtomB{}, cute::Shape<cute::Int<kFusedColumns>, cute::Int<kFusedDepth>, cute::Int<kStages>>{}, OrderB{}));
   using Mma = decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<E, E, float, Tile, cute::GMMA::Major::K, kMajorB>(),
@@ -99,7 +99,8 @@ __device__ inline Work work_of(const FusedArgs& a, int index) {
 // Steps of a slot: of the larger rank; the other one's operands are zero from its own rank on.
 __device__ inline int slot_steps(const FusedTable& table, int slot, int part) {
   const int upper = table.slot_group[slot][0], lower = table.slot_group[slot][1];
-  return max(upper < 0 ? 0 : static_cast<int>(table.steps[upper][part]), lower < 0 ? 0 : static_cast<int>(table.steps[lower][part]));
+  return max(upper < 0 ? 0 : static_cast<int>(table.steps[upper][part]),
+             lower < 0 ? 0 : static_cast<int>(table.steps[lower][part]));
 }
 
 __device__ inline void load(const CUtensorMap& map, uint64_t* barrier, void* to, int column, int row) {
@@ -157,8 +158,7 @@ __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, 
         T* b = shared.b[place.stage];
         if constexpr (kBackward) {
 #pragma unroll
-          for (int i = 0; i < kFusedColumns / kBlock; ++i)
-            load(q, full, b + i * kBlockSize, column + i * kBlock, depth);
+          for (int i = 0; i < kFusedColumns / kBlock; ++i) load(q, full, b + i * kBlockSize, column + i * kBlock, depth);
         } else {
           load(q, full, b, depth, part_column);
         }
@@ -168,8 +168,8 @@ __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, 
   }
 }
 
-// A warpgroup's 64 rows of a finished tile, 64 columns at a time: registers -> swizzled shared memory -> y, by TMA, which leaves out
-// what lies past the edges. Two blocks of shared memory: the next is written while the last is on its way.
+// A warpgroup's 64 rows of a finished tile, 64 columns at a time: registers -> swizzled shared memory -> y, by TMA, which leaves
+// out what lies past the edges. Two blocks of shared memory: the next is written while the last is on its way.
 template <class T, class Sums>
 __device__ inline void store_tile(const FusedArgs& a, Shared<T>& shared, const Sums& sums, int consumer, int row, int column) {
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, warp = thread / kWarp, lane = thread % kWarp;
@@ -272,7 +272,8 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Fu
   const int rank = static_cast<int>(cute::block_rank_in_cluster());
   const int cluster = static_cast<int>(blockIdx.x) / kFusedPair, clusters = static_cast<int>(gridDim.x) / kFusedPair;
   if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&a.x, &a.w, &a.y, &a.e}) cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
+    for (const CUtensorMap* map : {&a.x, &a.w, &a.y, &a.e})
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     for (int stage = 0; stage < kStages; ++stage) {
       cutlass::arch::ClusterBarrier::init(&shared.full[stage], 1);
       cutlass::arch::ClusterBarrier::init(&shared.empty[stage], kFusedPair * kConsumers * kWarpgroup / kWarp);

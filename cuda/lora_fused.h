@@ -28,22 +28,22 @@ constexpr int kFusedDepth = 64;     // of a step: 128 bytes, the width of the sw
 constexpr int kFusedPair = 2;       // tiles of a cluster, along rows
 
 // What a launch can describe: everything travels as its parameters (at most 32,764 bytes), so a captured graph keeps it.
-constexpr int kFusedMaps = 192;    // (group, part)
-constexpr int kFusedGroups = 64;   // with an adapter
-constexpr int kFusedPairs = 128;   // of tiles: 32,768 rows
-constexpr int kFusedSlots = 320;   // over all pairs
+constexpr int kFusedMaps = 192;   // (group, part)
+constexpr int kFusedGroups = 64;  // with an adapter
+constexpr int kFusedPairs = 128;  // of tiles: 32,768 rows
+constexpr int kFusedSlots = 320;  // over all pairs
 
 // Which groups stand in which tiles.
 struct FusedTable {
   int32_t pairs = 0;
   int32_t slots = 0;
   int32_t groups = 0;
-  int32_t parts = 1;                            // of the extension: 1 for backward
-  int32_t width = 0;                            // columns of E for one part, a multiple of kFusedDepth
-  uint16_t slot_begin[kFusedPairs + 1] = {};    // [pairs + 1]
-  uint8_t slot_pair[kFusedSlots] = {};          // [slots]
+  int32_t parts = 1;                                // of the extension: 1 for backward
+  int32_t width = 0;                                // columns of E for one part, a multiple of kFusedDepth
+  uint16_t slot_begin[kFusedPairs + 1] = {};        // [pairs + 1]
+  uint8_t slot_pair[kFusedSlots] = {};              // [slots]
   int8_t slot_group[kFusedSlots][kFusedPair] = {};  // [slots]: of either tile; -1: none
-  uint8_t steps[kFusedGroups][kMaxParts] = {};  // ceil(R / kFusedDepth)
+  uint8_t steps[kFusedGroups][kMaxParts] = {};      // ceil(R / kFusedDepth)
 };
 static_assert(kFusedPairs <= 256 && kFusedGroups <= 128);
 
@@ -55,8 +55,8 @@ struct FusedArgs {
   CUtensorMap q[kFusedMaps];  // [groups * parts]: B [out, R], or A [sum R, in]
   FusedTable table;
   int32_t column_tiles = 0;
-  int32_t steps = 0;                        // over w: ceil(K / kFusedDepth)
-  int32_t part_tile[kMaxParts + 1] = {};    // first column tile of each part
+  int32_t steps = 0;                      // over w: ceil(K / kFusedDepth)
+  int32_t part_tile[kMaxParts + 1] = {};  // first column tile of each part
 };
 static_assert(sizeof(FusedArgs) <= 32764);
 

@@ -1,5 +1,5 @@
-// E of the fused product (lora_fused.h) from s or ds: 16 bytes a thread. s is read once per part and tile, E is written whole, zeros
-// included.
+// E of the fused product (lora_fused.h) from s or ds: 16 bytes a thread. s is read once per part and tile, E is written whole,
+// zeros included.
 #include "lora.cuh"
 #include "lora_fused.h"
 
