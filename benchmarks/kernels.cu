@@ -189,7 +189,7 @@ void products(const std::function<void(const std::string&, double)>& add) {
     };
     const std::vector<double> t =
         b.time({each([&](TensorView m) { ops.linear(x, m, {}, y); }),
-                each([&](TensorView m) { must(ops.linear_lora_fused(x, m, linear, {}, {}, y)); }),
+                each([&](TensorView m) { must(ops.linear_lora_fused(x, m, {}, linear, {}, {}, y)); }),
                 each([&](TensorView m) { ops.linear_backward(y, m, x, false); }),
                 each([&](TensorView m) { must(ops.linear_lora_backward_fused(y, m, linear, {}, {}, x)); })},
                300);
@@ -279,7 +279,7 @@ int main(int argc, char** argv) {
       auto& cuda_ops = static_cast<cuda::CudaOps&>(ops);
       graphs.push_back(b.capture([&] {
         each([&](const LoraLinear& l, TensorView in, TensorView m, TensorView out) {
-          must(cuda_ops.linear_lora_fused(in, m, l, {}, s, out));
+          must(cuda_ops.linear_lora_fused(in, m, {}, l, {}, s, out));
         });
       }));
       graphs.push_back(b.capture([&] {

@@ -103,8 +103,8 @@ class CudaOps final : public Ops {
                             TensorView dx) override;
   // The ways of linear_lora and linear_lora_backward with many rows, s and ds being there already; the benchmark compares them.
   // Base and LoRA as one product. False: does not fit, nothing was done.
-  bool linear_lora_fused(TensorView x, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
-                         TensorView y);
+  bool linear_lora_fused(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                         TensorView s, TensorView y);
   bool linear_lora_backward_fused(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
                                   TensorView dx);
   // The expand writes y, and the base product adds to it.

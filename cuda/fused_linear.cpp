@@ -109,18 +109,18 @@ FusedLinear::FusedLinear(CudaDevice& device, DType dtype) : device_(device), dty
     clusters_[backward] = dtype_ == DType::bf16 ? fused_clusters_bf16(backward) : fused_clusters_f16(backward);
 }
 
-int32_t FusedLinear::forward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView s,
-                             TensorView y) {
-  return run(false, linear, groups, x, w, s, y);
+int32_t FusedLinear::forward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView bias,
+                             TensorView s, TensorView y) {
+  return run(false, linear, groups, x, w, bias.data, s, y);
 }
 
 int32_t FusedLinear::backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds,
                               TensorView dx) {
-  return run(true, linear, groups, dy, w, ds, dx);
+  return run(true, linear, groups, dy, w, nullptr, ds, dx);
 }
 
-int32_t FusedLinear::run(bool backward, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, TensorView s,
-                         TensorView y) {
+int32_t FusedLinear::run(bool backward, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,
+                         TensorView s, TensorView y) {
   int32_t taken = groups.count;
   while (taken > 0 &&
          (site_of(groups.host_groups[taken - 1], linear) == nullptr || groups.host_groups[taken - 1].rows < kLargeGroup))
@@ -128,7 +128,8 @@ int32_t FusedLinear::run(bool backward, const LoraLinear& linear, LoraGroups gro
   groups.count = taken;
   FusedArgs args = {};
   FusedPackArgs pack = {};
-  if (clusters_[backward] == 0 || !fast_layout(linear, groups, {x, w, y}) || !lay_out(backward, linear, groups, x.rows, args, pack))
+  if (clusters_[backward] == 0 || reinterpret_cast<uintptr_t>(bias) % 4 != 0 || !fast_layout(linear, groups, {x, w, y}) ||
+      !lay_out(backward, linear, groups, x.rows, args, pack))
     return -1;
   FusedTable& table = args.table;
   if (table.slots > 0 && !fast_layout(linear, groups, {s})) return -1;
@@ -137,6 +138,8 @@ int32_t FusedLinear::run(bool backward, const LoraLinear& linear, LoraGroups gro
   args.x = map(x.data, x.rows, x.cols, x.ld, kFusedRows);
   args.w = map(w.data, w.rows, w.cols, w.ld, backward ? kFusedDepth : kFusedColumns / kFusedPair);
   args.y = map(y.data, y.rows, y.cols, y.ld, kFusedRows / 2);
+  args.bias = bias;
+  args.columns = static_cast<int32_t>(y.cols);
   args.steps = static_cast<int32_t>(ceil_of(x.cols, kFusedDepth));
   args.e = args.x;  // never read without slots, but fetched ahead
   if (table.slots > 0) {

@@ -11,14 +11,17 @@ class FusedLinear {
  public:
   FusedLinear(CudaDevice& device, DType dtype);
 
-  // y = x w^T + the groups' scale * s B^T, or dx = dy w + ds A: all of y or dx is overwritten. s and ds are there already. Returns
-  // how many of the groups, from the first on, are in it (small ones at the end cost less apart), or -1: does not fit, nothing was
-  // done. x [T, in]; w [sum out, in]; s [T, sum R]; y [T, sum out]
-  int32_t forward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView s, TensorView y);
+  // y = x w^T + bias + the groups' scale * s B^T, or dx = dy w + ds A: all of y or dx is overwritten. s and ds are there already.
+  // Returns how many of the groups, from the first on, are in it (small ones at the end cost less apart), or -1: does not fit,
+  // nothing was done.
+  // x [T, in]; w [sum out, in]; bias [sum out] or empty; s [T, sum R]; y [T, sum out]
+  int32_t forward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView bias, TensorView s,
+                  TensorView y);
   int32_t backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds, TensorView dx);
 
  private:
-  int32_t run(bool backward, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, TensorView s, TensorView y);
+  int32_t run(bool backward, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,
+              TensorView s, TensorView y);
   void encode_maps(bool backward, const LoraLinear& linear, const LoraGroups& groups, FusedArgs& args) const;
   CUtensorMap map(const void* data, int64_t rows, int64_t cols, int64_t ld, int box_rows) const;
 

@@ -221,7 +221,7 @@ void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const Lor
   lora_call("linear_lora", linear, groups, x.rows);  // for its checks
   if (!deterministic_ && y.dtype == dtype_ && many_rows(groups, x.rows)) {
     lora_shrink(linear, groups, x, s);
-    if (bias.data == nullptr && linear_lora_fused(x, w, linear, groups, s, y)) return;
+    if (linear_lora_fused(x, w, bias, linear, groups, s, y)) return;
     linear_lora_filled(x, w, bias, linear, groups, s, y);
     return;
   }
@@ -241,9 +241,9 @@ void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const Lor
   lora_expand(linear, groups, s, y);
 }
 
-bool CudaOps::linear_lora_fused(TensorView x, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
-                                TensorView y) {
-  const int32_t taken = fused_linear_->forward(linear, groups, x, w, s, y);
+bool CudaOps::linear_lora_fused(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                                TensorView s, TensorView y) {
+  const int32_t taken = fused_linear_->forward(linear, groups, x, w, bias, s, y);
   if (taken < 0) return false;
   if (taken < groups.count) lora_expand(linear, groups_from(groups, taken), s, y);
   return true;

@@ -186,10 +186,21 @@ __device__ inline void store_tile(const FusedArgs& a, Shared<T>& shared, const S
     for (int pair = 0; pair < kBlock / 16; ++pair) {
       // Sums of thread (g, q): per 8 columns, (row g, columns 2q, 2q + 1), (row g + 8, the same).
       const int i = (block * (kBlock / 8) + 2 * pair) * 4;
+      uint32_t bias[2] = {0, 0};
+      if (a.bias != nullptr) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int at_column = column + block * kBlock + pair * 16 + half * 8 + 2 * (lane % 4);
+          if (at_column < a.columns)
+            bias[half] = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const T*>(a.bias) + at_column));
+        }
+      }
+      const auto two = [&](int j) {
+        return pack2<T>(sums(i + j) + low_float<T>(bias[j / 4]), sums(i + j + 1) + high_float<T>(bias[j / 4]));
+      };
       const uint32_t chunk = static_cast<uint32_t>((2 * pair + lane / 16) ^ (at % 8));
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(base + chunk * 16),
-                   "r"(pack2<T>(sums(i), sums(i + 1))), "r"(pack2<T>(sums(i + 2), sums(i + 3))),
-                   "r"(pack2<T>(sums(i + 4), sums(i + 5))), "r"(pack2<T>(sums(i + 6), sums(i + 7)))
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(base + chunk * 16), "r"(two(0)),
+                   "r"(two(2)), "r"(two(4)), "r"(two(6))
                    : "memory");
     }
     cute::tma_store_fence();  // TMA, another proxy, reads what these threads wrote

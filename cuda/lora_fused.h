@@ -27,8 +27,9 @@ constexpr int kFusedColumns = 256;  // of a tile
 constexpr int kFusedDepth = 64;     // of a step: 128 bytes, the width of the swizzle
 constexpr int kFusedPair = 2;       // tiles of a cluster, along rows
 
-// What a launch can describe: everything travels as its parameters (at most 32,764 bytes), so a captured graph keeps it.
-constexpr int kFusedMaps = 192;   // (group, part)
+// What a launch can describe. Everything travels as its parameters (of which there may be 32,764 bytes), so that a captured graph
+// keeps it; their copy is part of every launch.
+constexpr int kFusedMaps = 96;    // (group, part): 32 groups of q|k|v, 48 of gate|up
 constexpr int kFusedGroups = 64;  // with an adapter
 constexpr int kFusedPairs = 128;  // of tiles: 32,768 rows
 constexpr int kFusedSlots = 320;  // over all pairs
@@ -54,6 +55,8 @@ struct FusedArgs {
   CUtensorMap e;              // [slots * 256, parts * width]
   CUtensorMap q[kFusedMaps];  // [groups * parts]: B [out, R], or A [sum R, in]
   FusedTable table;
+  const void* bias = nullptr;  // [N] or null
+  int32_t columns = 0;         // N
   int32_t column_tiles = 0;
   int32_t steps = 0;                      // over w: ceil(K / kFusedDepth)
   int32_t part_tile[kMaxParts + 1] = {};  // first column tile of each part
