@@ -2,8 +2,9 @@
 #
 # The toolkit (12.8 or newer: nvcc, the CUDA runtime, cuBLASLt), the cuDNN headers, and the headers of cudnn-frontend and CUTLASS come from
 #   LOQUETIER_CUDA_WHEELS   a site-packages folder with the PyPI packages nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt, nvidia-cuda-runtime,
-#                           nvidia-cuda-cccl, nvidia-cublas, nvidia-cudnn-cu13, nvidia-cudnn-frontend, nvidia-cutlass (4.2; its
-#                           headers alone: pip install --no-deps); default: that of the Python which drives the build. What it lacks is looked for in
+#                           nvidia-cuda-cccl, nvidia-cublas, nvidia-cudnn-cu13, nvidia-cudnn-frontend, nvidia-cutlass (4.2;
+#                           its headers alone: pip install --no-deps); default: that of the Python which drives the build. The headers of these
+#                           two may also be named by LOQUETIER_CUDNN_FRONTEND_DIR and LOQUETIER_CUTLASS_DIR. What is lacking is looked for in
 #   LOQUETIER_CUDA_TOOLKIT  an installed toolkit; default: where nvcc of the PATH lies, or /usr/local/cuda, and the system's folders.
 # With LOQUETIER_CUDA=AUTO a missing piece switches the backend off and is named; with ON it is an error.
 set(LOQUETIER_CUDA_ARCH 90a CACHE STRING "GPU architectures of the CUDA backend, as nvcc's compute_/sm_ suffixes, separated by ;")

@@ -60,6 +60,9 @@ std::vector<LoraShape> large_shapes() {
   LoraShape many{"more tiles than run at a time", 4100, 64, {768, 512}, {}};
   for (int32_t g = 0; g < 16; ++g) many.groups.push_back({256 * g + g % 2, 255, {8 + 8 * (g % 5), 16}, 0});
   shapes.push_back(many);
+  LoraShape wide{"more tiles of dx than run at a time", 2100, 2056, {64}, {}};
+  for (int32_t g = 0; g < 7; ++g) wide.groups.push_back({300 * g, 299, {g == 3 ? 72 : 8 + 8 * (g % 3)}, 0});
+  shapes.push_back(wide);
   return shapes;
 }
 
