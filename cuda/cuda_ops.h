@@ -1,5 +1,6 @@
 // The CUDA backend's class. Each topic has its own file: device.cpp, linear.cpp (construction, products), elementwise.cu, norm.cu,
-// rope.cu, lora_*.cu, attention.cpp with attention_cudnn.cpp and attention_plain.cu (any shape), loss.cu, sampling.cu, adamw.cu.
+// rope.cu, lora_*.cu, fused_linear.cpp (base and LoRA as one product), attention.cpp with attention_cudnn.cpp and
+// attention_plain.cu (any shape), loss.cu, sampling.cu, adamw.cu.
 //
 // Ops are ordered on one stream (a branch may run beside it inside an op), allocate nothing and wait for nothing, so they can be
 // captured in a CUDA graph. Two things are made at first use, before any capture: attention plans (cuDNN compiles them), and
@@ -71,6 +72,7 @@ class Scratch {
 };
 
 class AttentionPlans;  // attention_cudnn.cpp
+class FusedLinear;     // fused_linear.cpp
 
 class CudaOps final : public Ops {
  public:
@@ -98,6 +100,17 @@ class CudaOps final : public Ops {
 
   void linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
                    TensorView y) override;
+  void linear_lora_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
+                            TensorView dx) override;
+  // The ways of linear_lora and linear_lora_backward with many rows, s and ds being there already; the benchmark compares them.
+  // Base and LoRA as one product. False: does not fit, nothing was done.
+  bool linear_lora_fused(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                         TensorView s, TensorView y);
+  bool linear_lora_backward_fused(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
+                                  TensorView dx);
+  // The expand writes y, and the base product adds to it.
+  void linear_lora_filled(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                          TensorView s, TensorView y);
 
   void rms_norm(TensorView x, TensorView w, float eps, TensorView y) override;
   void add_rms_norm(TensorView x, TensorView delta, TensorView w, float eps, TensorView sum, TensorView y) override;
@@ -150,6 +163,7 @@ class CudaOps final : public Ops {
   Scratch norm_scratch_;     // partial sums of gradient norms
   Scratch attention_scratch_;
   std::unique_ptr<AttentionPlans> attention_plans_;
+  std::unique_ptr<FusedLinear> fused_linear_;
   // A branch beside the main stream: shrink runs on it while the base product runs.
   struct Branch {
     cudaStream_t stream = nullptr;

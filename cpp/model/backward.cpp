@@ -37,6 +37,10 @@ void linear_backward(Ops& ops, const LinearWeights& weights, const LoraLinear& l
     ops.lora_backward_weights(lora, groups, x, s, dy, ds);
   }
   if (dx.empty()) return;
+  if (trained && weights.size() == 1) {
+    ops.linear_lora_backward(dy, weights[0].w, lora, groups, ds, dx);
+    return;
+  }
   base_linear_backward(ops, weights, dy, dx);
   if (trained) ops.lora_backward_x(lora, groups, ds, dx);
 }

@@ -254,6 +254,13 @@ class Ops {
   virtual void lora_backward_s(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView ds) = 0;
   // dx += (ds[:, r0:r0+R] A) * M, summed over parts.          ds [T, >= max_rank] C; dx [T, in] C
   virtual void lora_backward_x(const LoraLinear& linear, const LoraGroups& groups, TensorView ds, TensorView dx) = 0;
+  // dx = dy W, then lora_backward_x: for the same linears as linear_lora, again so that a backend may fuse them.
+  // dy [T, sum out] C; w [sum out, in] C; ds [T, >= max_rank] C; dx [T, in] C
+  virtual void linear_lora_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
+                                    TensorView dx) {
+    this->linear_backward(dy, w, dx, false);
+    if (groups.count > 0 && groups.max_rank > 0) lora_backward_x(linear, groups, ds, dx);
+  }
   // dB += scale * dy[:, part]^T s;  dA += ds^T (x * M).       groups with grads only, no two of one adapter; f32, in a fixed order
   virtual void lora_backward_weights(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
                                      TensorView ds) = 0;

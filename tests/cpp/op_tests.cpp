@@ -178,6 +178,12 @@ TEST(lora_forward_and_backward) {
       run_twice({&ddx}, [&] { rig.ops().lora_backward_x(lora.linear, lora.groups, ds_in, ddx); });
       reference::lora_backward_x(lora.host, s_in, dx);
       expect("lora_backward_x" + label, ddx.get(), dx, rig.bound(2e-6));
+      Host w = rig.random(lora.columns, shape.in);
+      OnDevice dw(rig, w), all(rig, shape.rows, shape.in);
+      run_twice({&all}, [&] { rig.ops().linear_lora_backward(ddy, dw, lora.linear, lora.groups, ds_in, all); });
+      Host want_all = reference::linear_backward(dy, w);
+      reference::lora_backward_x(lora.host, s_in, want_all);
+      expect("linear_lora_backward" + label, all.get(), want_all, rig.bound(2e-6));
 
       // Gradients add: after two calls, twice one call's.
       Host ds2 = rig.random(shape.rows, rank);
