@@ -17,7 +17,7 @@ if(LOQUETIER_WERROR)
 endif()
 
 set(loquetier_cuda_objects)
-foreach(name IN ITEMS adamw attention_plain elementwise lora_decode lora_grad lora_reduce lora_spread loss norm rope sampling)
+foreach(name IN ITEMS adamw attention_plain elementwise lora_decode lora_grad lora_reduce lora_spread lora_tall lora_wide loss norm rope sampling)
   set(source ${PROJECT_SOURCE_DIR}/cuda/${name}.cu)
   set(object ${PROJECT_BINARY_DIR}/cuda/${name}.cu.o)
   add_custom_command(OUTPUT ${object}
