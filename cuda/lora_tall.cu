@@ -152,7 +152,8 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR>::kBlocks) tall_kernel(
     if (row >= tile.rows || r >= ranks) continue;
     float total[8] = {};
     for (int b = 0; b < cluster_size; ++b) {
-      const float4* from = reinterpret_cast<const float4*>(cluster.map_shared_rank(sums, static_cast<unsigned>(b)) + row * S::kLdSum + r);
+      const float4* from =
+          reinterpret_cast<const float4*>(cluster.map_shared_rank(sums, static_cast<unsigned>(b)) + row * S::kLdSum + r);
       const float4 low = from[0], high = from[1];
       const float part_sum[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll

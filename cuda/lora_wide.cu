@@ -1,13 +1,14 @@
-// lora_backward over many rows: ds and dB in one pass over dy, dA in one pass over x, at the speed of reading them. lora_grad.cu and
-// lora_reduce.cu have the same products for few rows, any alignment and dropout.
+// lora_backward over many rows: ds and dB in one pass over dy, dA in one pass over x, at the speed of reading them. lora_grad.cu
+// and lora_reduce.cu have the same products for few rows, any alignment and dropout.
 //
 // A block takes 256 columns of the wide rows and walks down a range of one group's rows, 64 at a time; a warpgroup has 128 of the
 // columns. Its gradient [256, R] stays in registers over the whole range. With kSum it also has that part of B in shared memory and
-// multiplies every 64 rows into a share of ds [64, R]; the four blocks of a cluster (1024 columns) add their shares through shared
-// memory. All sums have a fixed order: what a range or a cluster cannot finish goes to scratch as f32 and a second kernel adds it up.
+// multiplies every 64 rows into a share of ds [64, R]; the four blocks of a cluster (1024 columns) send them to each other, 16 rows
+// to each, which adds them up. All sums have a fixed order: what a range or a cluster cannot finish goes to scratch as f32 and a
+// second kernel adds it up.
 //
-// Traffic beside the wide rows themselves, R = 16: shares of ds 2 R / 1024 of it, gradients of a range 2 R / rows of the range, each
-// written and read once, mostly in the L2.
+// Traffic beside the wide rows themselves, R = 16: shares of ds 2 R / 1024 of it, gradients of a range 2 R / rows of the range,
+// each written and read once, mostly in the L2.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -22,12 +23,12 @@ namespace {
 
 constexpr int kColumns = 256;  // of a block: four panels, two to a warpgroup
 constexpr int kRows = 64;      // of a step
-constexpr int kCluster = 4;    // blocks side by side that add their shares of ds
+constexpr int kCluster = 4;    // blocks side by side that add their shares of ds: a warp's rows go to the block of its number
 constexpr int kWideBytes = kRows * kColumns * 2;
-constexpr int kSumRanks = 64;   // up to here ds and dB take one pass: shares of ds and B must fit in shared memory
-constexpr int kGradRanks = 128;  // of a gradient in one pass; larger ones read the wide rows again
+constexpr int kSumRanks = 64;        // up to here ds and dB take one pass: shares of ds and B must fit in shared memory
+constexpr int kGradRanks = 128;      // of a gradient in one pass; larger ones read the wide rows again
 constexpr int64_t kLeastRows = 256;  // of a range: the gradient of a shorter one would cost more than its rows
-constexpr size_t kMostScratch = size_t{96} << 20;
+constexpr size_t kMostScratch = size_t{64} << 20;  // of shares, and of unfinished gradients
 
 struct WideArgs {
   LoraCall call;
@@ -38,8 +39,8 @@ struct WideArgs {
   int64_t ld_l;
   void* ds;  // kSum
   int64_t ld_ds;
-  float* shares;  // [clusters, T, NR] of ds, where a part has more than one cluster
-  int64_t rows;   // T
+  float* shares;   // [clusters, T, NR] of ds, where a part has more than one cluster
+  int64_t rows;    // T
   float* partial;  // [ranges, slot] gradients, of groups with more than one range
   int64_t slot;    // floats of the largest gradient of a group
   int range;       // rows
@@ -52,8 +53,10 @@ struct Shape {
   static constexpr int kThinBytes = kRows * NR * 2;
   static constexpr int kStageBytes = kWideBytes + kThinBytes;
   static constexpr int kMatrixBytes = kSum ? kColumns * NR * 2 : 0;  // B
-  static constexpr int kShareFloats = kSum ? kRows * NR : 0;         // of one warpgroup; two of them, twice
-  static constexpr size_t kShared = size_t{kStages} * kStageBytes + kMatrixBytes + 4 * size_t{kShareFloats} * sizeof(float) + 1024;
+  static constexpr int kSources = kSum ? 2 * kCluster : 0;           // of shares: the warpgroups of the cluster
+  static constexpr int kShareVectors = NR / 8 * kWarp;  // of one source: 16 rows as float4, in the order of a warp's sums
+  static constexpr int kSharesBytes = kSources * kShareVectors * 16;  // of one step; two steps, and a barrier for each
+  static constexpr size_t kShared = size_t{kStages} * kStageBytes + kMatrixBytes + 2 * kSharesBytes + 16 + 1024;
   static_assert(kShared <= (kBlocks == 2 ? 112 : 226) * 1024);
 };
 
@@ -66,7 +69,7 @@ template <class T, int NR, bool kSum>
 __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_kernel(const __grid_constant__ WideArgs a) {
   using S = Shape<NR, kSum>;
   constexpr int N = NR < 64 ? NR : 64, kTiles = NR / N;  // ranks of one product; products side by side
-  static_assert(!kSum || kTiles == 1);
+  static_assert(!kSum || (kTiles == 1 && S::kShareVectors <= kLoraThreads));
   extern __shared__ uint8_t raw[];
   __shared__ LoraSite site;
   auto cluster = cooperative_groups::this_cluster();
@@ -105,7 +108,7 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
 
   uint8_t* shared = raw + (1024 - shared_address(raw) % 1024) % 1024;  // the same place in every block of the cluster
   const uint32_t base = shared_address(shared), matrix = base + S::kStages * S::kStageBytes;
-  float* shares = reinterpret_cast<float*>(shared + S::kStages * S::kStageBytes + S::kMatrixBytes);  // [2][warpgroup][kRows, NR]
+  const uint32_t shares = matrix + S::kMatrixBytes, arrivals = shares + 2 * S::kSharesBytes;
   const uint16_t* p = static_cast<const uint16_t*>(a.p) + range.row * a.ld_p + p_column + column_begin;
   const uint16_t* l = static_cast<const uint16_t*>(a.l) + range.row * a.ld_l + l_column + rank_begin;
   const int steps = (range.rows + kRows - 1) / kRows;
@@ -120,38 +123,50 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
     commit_copies();  // also without copies: groups are counted
   };
   if constexpr (kSum) {
-    load_thin<kColumns, NR / 8, kLoraThreads>(matrix, static_cast<const uint16_t*>(site.part[part].b) + int64_t{column_begin} * rank,
-                                              rank, columns, ranks / 8);
+    load_thin<kColumns, NR / 8, kLoraThreads>(
+        matrix, static_cast<const uint16_t*>(site.part[part].b) + int64_t{column_begin} * rank, rank, columns, ranks / 8);
   }
 #pragma unroll
   for (int t = 0; t < S::kStages - 1; ++t) load(t);
+  if constexpr (kSum) {
+    if (threadIdx.x == 0) {
+      init_arrival(arrivals);
+      init_arrival(arrivals + 8);
+      publish_arrivals();
+    }
+    cluster_arrive();
+  }
 
   const int thread = static_cast<int>(threadIdx.x), half = thread / kWarpgroup, lane = thread % kWarp;
   const int fragment_row = thread % kWarpgroup / kWarp * 16 + lane / 4, fragment_column = lane % 4 * 2;
 
-  // The cluster's sum of step t: a block adds its share of the elements, in the order of blocks and warpgroups.
+  // This block's 16 rows of ds of step t: the shares that came, in the order of blocks and warpgroups.
   const int clusters = blocks_of(columns_of_part, kCluster) / kCluster;  // of the part
   const auto add_shares = [&](int t) {
-    constexpr int kVectors = kRows * NR / 4, kOwn = kVectors / kCluster;
-#pragma unroll 1
-    for (int u = thread; u < kOwn; u += kLoraThreads) {
-      const int e = (cluster_rank * kOwn + u) * 4, row = e / NR, r = e % NR;
-      if (row >= range.rows - t * kRows || r >= ranks) continue;
-      float4 total = {};
+    wait_arrival(arrivals + static_cast<uint32_t>(t % 2 * 8), static_cast<uint32_t>(t / 2 % 2));
+    if (thread >= S::kShareVectors) return;
+    const float4* from = reinterpret_cast<const float4*>(shared + (shares - base) + t % 2 * S::kSharesBytes) + thread;
+    float4 total = {};
 #pragma unroll
-      for (int i = 0; i < 2 * kCluster; ++i) {
-        const float* from = cluster.map_shared_rank(shares, static_cast<unsigned>(i / 2));
-        const float4 add = *reinterpret_cast<const float4*>(from + (t % 2 * 2 + i % 2) * S::kShareFloats + e);
-        total = {total.x + add.x, total.y + add.y, total.z + add.z, total.w + add.w};
-      }
-      const int64_t at = range.row + t * kRows + row;
+    for (int i = 0; i < S::kSources; ++i) {
+      const float4 add = from[i * S::kShareVectors];
+      total = {total.x + add.x, total.y + add.y, total.z + add.z, total.w + add.w};
+    }
+    const int r = thread / kWarp * 8 + fragment_column;
+    if (r >= ranks) return;
+#pragma unroll
+    for (int high = 0; high < 2; ++high) {
+      const int row = t * kRows + cluster_rank * 16 + lane / 4 + high * 8;
+      if (row >= range.rows) return;
+      const int64_t at = range.row + row;
+      const float2 value = {high ? total.z : total.x, high ? total.w : total.y};
       if (clusters == 1) {
         const float scale = site.part[part].scale;
-        *reinterpret_cast<uint2*>(static_cast<T*>(a.ds) + at * a.ld_ds + l_column + r) = {
-            pack2<T>(total.x * scale, total.y * scale), pack2<T>(total.z * scale, total.w * scale)};
+        *reinterpret_cast<uint32_t*>(static_cast<T*>(a.ds) + at * a.ld_ds + l_column + r) =
+            pack2<T>(value.x * scale, value.y * scale);
       } else {
         const int64_t index = static_cast<int>(blockIdx.x) / kCluster;
-        *reinterpret_cast<float4*>(a.shares + (index * a.rows + at) * NR + r) = total;
+        *reinterpret_cast<float2*>(a.shares + (index * a.rows + at) * NR + r) = value;
       }
     }
   };
@@ -199,26 +214,23 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
     for (int i = 0; i < 2 * kTiles; ++i) pin(grad[i / kTiles][i % kTiles]);
 
     if constexpr (kSum) {
-      // One barrier a step, passed a step later: behind it everyone has read the shares of step t - 2, whose place these take, and
-      // written those of step t - 1.
-      if (t > 0) {
-        cluster_wait();
-        add_shares(t - 1);
-      }
-      float* to = shares + (t % 2 * 2 + half) * S::kShareFloats + fragment_row * NR + fragment_column;
+      // The cluster's barrier says that all blocks have added the shares of step t - 2, whose place these take (and, before the
+      // first step, that their arrival barriers are there). Those of step t - 1 have had a step's time to come.
+      cluster_wait();
+      const uint32_t arrival = arrivals + static_cast<uint32_t>(t % 2 * 8);
+      if (thread == 0) expect_arrival(arrival, S::kSharesBytes);
+      const int source = cluster_rank * 2 + half;
+      const uint32_t to = shares + static_cast<uint32_t>(t % 2 * S::kSharesBytes + (source * S::kShareVectors + lane) * 16);
 #pragma unroll
       for (int n = 0; n < N / 8; ++n) {
-        *reinterpret_cast<float2*>(to + n * 8) = {share[4 * n], share[4 * n + 1]};
-        *reinterpret_cast<float2*>(to + n * 8 + 8 * NR) = {share[4 * n + 2], share[4 * n + 3]};
+        send16(to + static_cast<uint32_t>(n * kWarp * 16), arrival, static_cast<uint32_t>(thread % kWarpgroup / kWarp),
+               {share[4 * n], share[4 * n + 1], share[4 * n + 2], share[4 * n + 3]});
       }
+      if (t > 0) add_shares(t - 1);
       cluster_arrive();
     }
   }
-  if constexpr (kSum) {
-    cluster_wait();
-    add_shares(steps - 1);
-    cluster_arrive();  // waited for at the end: a block's shares stay until all have read them
-  }
+  if constexpr (kSum) add_shares(steps - 1);
 
   if (trained) {
     const LoraGradSite& grads = group.grads[a.call.site];
@@ -270,13 +282,14 @@ __global__ void __launch_bounds__(kLoraThreads) finish_sum_kernel(const __grid_c
       const int row = u / vectors, r = u % vectors * 4;
       const int64_t at = tile.row + row;
       float4 total = {};
+#pragma unroll 8
       for (int c = 0; c < clusters; ++c) {
         const float4 add = *reinterpret_cast<const float4*>(a.shares + ((index + c) * a.rows + at) * ld_share + r);
         total = {total.x + add.x, total.y + add.y, total.z + add.z, total.w + add.w};
       }
       const float scale = site.part[part].scale;
       *reinterpret_cast<uint2*>(static_cast<T*>(a.ds) + at * a.ld_ds + s_column + r) = {pack2<T>(total.x * scale, total.y * scale),
-                                                                                      pack2<T>(total.z * scale, total.w * scale)};
+                                                                                        pack2<T>(total.z * scale, total.w * scale)};
     }
     index += clusters;
     s_column += rank;
@@ -307,6 +320,7 @@ __global__ void __launch_bounds__(kLoraThreads) finish_grad_kernel(const __grid_
       continue;
     }
     float4 total = {};
+#pragma unroll 4
     for (int i = 0; i < ranges; ++i) {
       const float4 add = *reinterpret_cast<const float4*>(a.partial + (first + i) * a.slot + begin);
       total = {total.x + add.x, total.y + add.y, total.z + add.z, total.w + add.w};

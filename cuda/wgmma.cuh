@@ -100,39 +100,39 @@ __device__ inline void pin(float (&sum)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 }
 
-#define LOQUETIER_SUMS8(i)                                                                                             \
+#define LOQUETIER_SUMS8(i)                                                                                                  \
   "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), "+f"(sum[i + 4]), "+f"(sum[i + 5]), "+f"(sum[i + 6]), \
       "+f"(sum[i + 7])
 #define LOQUETIER_OPERANDS "l"(a), "l"(b), "r"(add), "n"(kAcrossA), "n"(kAcrossB)
-#define LOQUETIER_WGMMA(shape, type, places, p_a, p_b, p_add, p_ta, p_tb)                                            \
+#define LOQUETIER_WGMMA(shape, type, places, p_a, p_b, p_add, p_ta, p_tb)                                                         \
   "{\n.reg .pred p;\nsetp.ne.b32 p, %" p_add ", 0;\nwgmma.mma_async.sync.aligned.m64n" shape "k16.f32." type "." type " {" places \
   "}, %" p_a ", %" p_b ", p, 1, 1, %" p_ta ", %" p_tb ";\n}\n"
 #define LOQUETIER_P8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define LOQUETIER_P16 LOQUETIER_P8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define LOQUETIER_P24 LOQUETIER_P16 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define LOQUETIER_P32 LOQUETIER_P24 ",%24,%25,%26,%27,%28,%29,%30,%31"
-#define LOQUETIER_PRODUCT(type)                                                                                             \
-  if constexpr (N == 16) {                                                                                                  \
-    asm volatile(LOQUETIER_WGMMA("16", type, LOQUETIER_P8, "8", "9", "10", "11", "12")                                      \
-                 : LOQUETIER_SUMS8(0)                                                                                       \
-                 : LOQUETIER_OPERANDS                                                                                       \
-                 : "memory");                                                                                               \
-  } else if constexpr (N == 32) {                                                                                           \
-    asm volatile(LOQUETIER_WGMMA("32", type, LOQUETIER_P16, "16", "17", "18", "19", "20")                                   \
-                 : LOQUETIER_SUMS8(0), LOQUETIER_SUMS8(8)                                                                   \
-                 : LOQUETIER_OPERANDS                                                                                       \
-                 : "memory");                                                                                               \
-  } else if constexpr (N == 48) {                                                                                           \
-    asm volatile(LOQUETIER_WGMMA("48", type, LOQUETIER_P24, "24", "25", "26", "27", "28")                                   \
-                 : LOQUETIER_SUMS8(0), LOQUETIER_SUMS8(8), LOQUETIER_SUMS8(16)                                              \
-                 : LOQUETIER_OPERANDS                                                                                       \
-                 : "memory");                                                                                               \
-  } else {                                                                                                                  \
-    static_assert(N == 64);                                                                                                 \
-    asm volatile(LOQUETIER_WGMMA("64", type, LOQUETIER_P32, "32", "33", "34", "35", "36")                                   \
-                 : LOQUETIER_SUMS8(0), LOQUETIER_SUMS8(8), LOQUETIER_SUMS8(16), LOQUETIER_SUMS8(24)                         \
-                 : LOQUETIER_OPERANDS                                                                                       \
-                 : "memory");                                                                                               \
+#define LOQUETIER_PRODUCT(type)                                                                     \
+  if constexpr (N == 16) {                                                                          \
+    asm volatile(LOQUETIER_WGMMA("16", type, LOQUETIER_P8, "8", "9", "10", "11", "12")              \
+                 : LOQUETIER_SUMS8(0)                                                               \
+                 : LOQUETIER_OPERANDS                                                               \
+                 : "memory");                                                                       \
+  } else if constexpr (N == 32) {                                                                   \
+    asm volatile(LOQUETIER_WGMMA("32", type, LOQUETIER_P16, "16", "17", "18", "19", "20")           \
+                 : LOQUETIER_SUMS8(0), LOQUETIER_SUMS8(8)                                           \
+                 : LOQUETIER_OPERANDS                                                               \
+                 : "memory");                                                                       \
+  } else if constexpr (N == 48) {                                                                   \
+    asm volatile(LOQUETIER_WGMMA("48", type, LOQUETIER_P24, "24", "25", "26", "27", "28")           \
+                 : LOQUETIER_SUMS8(0), LOQUETIER_SUMS8(8), LOQUETIER_SUMS8(16)                      \
+                 : LOQUETIER_OPERANDS                                                               \
+                 : "memory");                                                                       \
+  } else {                                                                                          \
+    static_assert(N == 64);                                                                         \
+    asm volatile(LOQUETIER_WGMMA("64", type, LOQUETIER_P32, "32", "33", "34", "35", "36")           \
+                 : LOQUETIER_SUMS8(0), LOQUETIER_SUMS8(8), LOQUETIER_SUMS8(16), LOQUETIER_SUMS8(24) \
+                 : LOQUETIER_OPERANDS                                                               \
+                 : "memory");                                                                       \
   }
 
 // sum (+)= a b over 16 terms, asynchronously; add 0 overwrites. a: 64 x 16 (wide), b: N x 16 (thin).
@@ -157,8 +157,38 @@ __device__ inline void multiply_async(float (&sum)[N / 2], uint64_t a, uint64_t 
 
 // ---------------------------------------------------------------- clusters
 
-// All threads of all blocks of the cluster; what they wrote before arriving is seen after waiting.
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// A barrier of all threads of the blocks of a cluster. It orders no memory (a release would wait for the copies under way): what
+// one block gives another goes by send16() and an arrival barrier; what a thread has read into registers before it arrives is read.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// An arrival barrier (mbarrier, 8 bytes of shared memory): a phase ends when one thread has said how many bytes come and they came.
+__device__ inline void init_arrival(uint32_t barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+// After init_arrival(), before the cluster's barrier behind which others send.
+__device__ inline void publish_arrivals() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ inline void expect_arrival(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ inline void wait_arrival(uint32_t barrier, uint32_t parity) {
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
+}
+// 16 bytes into the shared memory of block `rank` of the cluster; `to` and `barrier` are the addresses as that block knows them.
+__device__ inline void send16(uint32_t to, uint32_t barrier, uint32_t rank, float4 value) {
+  asm volatile(
+      "{\n.reg .b32 to, barrier;\nmapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 barrier, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3, %4, %5, %6}, [barrier];\n}\n" ::"r"(to),
+      "r"(barrier), "r"(rank), "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y)), "r"(__float_as_uint(value.z)),
+      "r"(__float_as_uint(value.w))
+      : "memory");
+}
 
 }  // namespace loquetier::cuda

@@ -1,7 +1,8 @@
-// The products of LoRA over many rows, forward and backward, against the reference: what the CUDA backend does by tensor-core passes
-// of their own (cuda/lora_tall.cu, lora_wide.cu), at the edges of their tiles: groups of 1, 15, 127, 128, 129 and 1000 rows with rows
-// of no adapter between them, ranks of 8 to 256 and mixed, parts of one and of several clusters, untrained groups, dropout, and a
-// layout that those passes refuse. Rows and columns that no adapter owns are NaN. Options as op_tests: --backend cpu|cuda, --dtype,
+// The products of LoRA over many rows, forward and backward, against the reference: what the CUDA backend does by tensor-core
+// passes of their own (cuda/lora_tall.cu, lora_wide.cu), at the edges of their tiles: groups of 1, 15, 127, 128, 129 and 1000 rows
+// with rows of no adapter between them, ranks of 8 to 256 and mixed, parts of one and of several clusters, untrained groups,
+// dropout, and a layout that those passes refuse. Rows and columns that no adapter owns are NaN. Options as op_tests: --backend
+// cpu|cuda, --dtype,
 // --seed.
 #include "op_cases_lora.h"
 #include "op_harness.h"
