@@ -81,28 +81,17 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
   const bool trained = group.grads != nullptr;
   if (!kSum && (!trained || (for_a && group.dropout > 0))) return;
   fetch_site(range.sites + a.call.site, site);
-  __syncthreads();
 
-  // This block's columns: of one part (dy), or of x. Whatever returns here does so as a whole cluster.
-  int part = 0, block = static_cast<int>(blockIdx.x), l_column = 0, rank = 0;
-  int64_t columns_of_part = a.call.in, p_column = 0, place = 0;  // place: of the part's gradient in a slot
-  if (for_a) {
-    for (int p = 0; p < a.call.parts; ++p) rank += site.part[p].rank;
-  } else {
-    columns_of_part = a.call.out[0];
-    rank = site.part[0].rank;
+  // This block's columns: of one part (dy), or of x.
+  int part = 0, block = static_cast<int>(blockIdx.x);
+  int64_t columns_of_part = for_a ? a.call.in : a.call.out[0], p_column = 0;
+  if (!for_a) {
     for (int blocks; block >= (blocks = blocks_of(columns_of_part, kSum ? kCluster : 1));) {
       block -= blocks;
       p_column += columns_of_part;
-      place += columns_of_part * rank;
-      l_column += rank;
       columns_of_part = a.call.out[++part];
-      rank = site.part[part].rank;
     }
   }
-  const int rank_begin = static_cast<int>(blockIdx.z) * NR;
-  if (rank_begin >= rank) return;
-  const int ranks = min(NR, rank - rank_begin);
   const int column_begin = block * kColumns;
   const int columns = static_cast<int>(min(max(columns_of_part - column_begin, int64_t{0}), int64_t{kColumns}));
 
@@ -110,16 +99,40 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
   const uint32_t base = shared_address(shared), matrix = base + S::kStages * S::kStageBytes;
   const uint32_t shares = matrix + S::kMatrixBytes, arrivals = shares + 2 * S::kSharesBytes;
   const uint16_t* p = static_cast<const uint16_t*>(a.p) + range.row * a.ld_p + p_column + column_begin;
-  const uint16_t* l = static_cast<const uint16_t*>(a.l) + range.row * a.ld_l + l_column + rank_begin;
   const int steps = (range.rows + kRows - 1) / kRows;
-  const auto load = [&](int t) {
-    if (t < steps) {
-      const uint32_t stage = base + static_cast<uint32_t>(t % S::kStages * S::kStageBytes);
-      const int rows = range.rows - t * kRows;
-      load_wide<kRows, kColumns / 64, kLoraThreads>(stage, p + int64_t{t} * kRows * a.ld_p, a.ld_p, rows, columns);
-      load_thin<kRows, NR / 8, kLoraThreads>(stage + kWideBytes, l + int64_t{t} * kRows * a.ld_l, a.ld_l, trained ? rows : 0,
-                                             ranks / 8);
+  const auto stage_of = [&](int t) { return base + static_cast<uint32_t>(t % S::kStages * S::kStageBytes); };
+  const auto load_rows = [&](int t) {
+    if (t < steps)
+      load_wide<kRows, kColumns / 64, kLoraThreads>(stage_of(t), p + int64_t{t} * kRows * a.ld_p, a.ld_p, range.rows - t * kRows,
+                                                    columns);
+  };
+#pragma unroll
+  for (int t = 0; t < S::kStages - 1; ++t) load_rows(t);  // on their way while the tables come
+
+  __syncthreads();
+  int l_column = 0, rank = 0;
+  int64_t place = 0;  // of the part's gradient in a slot
+  if (for_a) {
+    for (int i = 0; i < a.call.parts; ++i) rank += site.part[i].rank;
+  } else {
+    for (int i = 0; i < part; ++i) {
+      l_column += site.part[i].rank;
+      place += a.call.out[i] * site.part[i].rank;
     }
+    rank = site.part[part].rank;
+  }
+  const int rank_begin = static_cast<int>(blockIdx.z) * NR;
+  if (rank_begin >= rank) {  // of the whole cluster, as are the returns before
+    commit_copies();
+    wait_copies<0>();
+    return;
+  }
+  const int ranks = min(NR, rank - rank_begin);
+  const uint16_t* l = static_cast<const uint16_t*>(a.l) + range.row * a.ld_l + l_column + rank_begin;
+  const auto load_ranks = [&](int t) {
+    if (t < steps)
+      load_thin<kRows, NR / 8, kLoraThreads>(stage_of(t) + kWideBytes, l + int64_t{t} * kRows * a.ld_l, a.ld_l,
+                                             trained ? range.rows - t * kRows : 0, ranks / 8);
     commit_copies();  // also without copies: groups are counted
   };
   if constexpr (kSum) {
@@ -127,7 +140,7 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
         matrix, static_cast<const uint16_t*>(site.part[part].b) + int64_t{column_begin} * rank, rank, columns, ranks / 8);
   }
 #pragma unroll
-  for (int t = 0; t < S::kStages - 1; ++t) load(t);
+  for (int t = 0; t < S::kStages - 1; ++t) load_ranks(t);
   if constexpr (kSum) {
     if (threadIdx.x == 0) {
       init_arrival(arrivals);
@@ -177,8 +190,9 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
     wait_copies<S::kStages - 2>();
     publish_operands();
     __syncthreads();  // the step's operands are there, and nobody multiplies those of the step before any more
-    load(t + S::kStages - 1);
-    const uint32_t stage = base + static_cast<uint32_t>(t % S::kStages * S::kStageBytes);
+    load_rows(t + S::kStages - 1);
+    load_ranks(t + S::kStages - 1);
+    const uint32_t stage = stage_of(t);
     const uint32_t panels = stage + static_cast<uint32_t>(half * 2 * (kRows * 128));
     float share[kSum ? N / 2 : 1];
 #pragma unroll

@@ -159,7 +159,10 @@ __device__ inline void multiply_async(float (&sum)[N / 2], uint64_t a, uint64_t 
 
 // A barrier of all threads of the blocks of a cluster. It orders no memory (a release would wait for the copies under way): what
 // one block gives another goes by send16() and an arrival barrier; what a thread has read into registers before it arrives is read.
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ inline void cluster_arrive() {
+  __syncwarp();  // whole warps arrive
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // An arrival barrier (mbarrier, 8 bytes of shared memory): a phase ends when one thread has said how many bytes come and they came.
