@@ -216,6 +216,7 @@ int main(int argc, char** argv) {
     json += text;
   };
 
+  double copy_gbs = 0;
   {
     Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
     const TensorView x = b.random(8192, 8192), w = b.random(8192, 8192), y = b.random(8192, 8192);
@@ -226,6 +227,7 @@ int main(int argc, char** argv) {
     std::printf("%s: product %.0f TFLOP/s, copy %.0f GB/s; rank %d\n", properties.name, tflops, gbs, rank);
     add("product_tflops", tflops);
     add("copy_gbs", gbs);
+    copy_gbs = gbs;
   }
 
   products(add);
@@ -306,10 +308,16 @@ int main(int argc, char** argv) {
     }
   }
 
+  // What ds with dB, and dA, must read, at the bandwidth of the copy: dy once, x once.
+  double dy_us = 0, x_us = 0;
+  for (const LoraLinear& linear : kLinears) {
+    dy_us += 8192.0 * 2 * static_cast<double>(columns(linear)) / copy_gbs / 1e3;
+    x_us += 8192.0 * 2 * static_cast<double>(linear.in) / copy_gbs / 1e3;
+  }
   std::printf(
-      "backward, 8192 rows, us a layer (apart: dX of the base and of LoRA as two ops)\n"
+      "backward, 8192 rows, us a layer; dy once %.1f, x once %.1f (apart: dX of the base and of LoRA as two ops)\n"
       "%9s | %9s | %9s %9s %9s | %9s %6s | %9s %9s %9s\n",
-      "adapters", "base dX", "ds", "dx", "dA, dB", "LoRA", "%", "apart", "dX fused", "1 GEMM");
+      dy_us, x_us, "adapters", "base dX", "ds, dB", "dA", "dx", "LoRA", "%", "apart", "dX fused", "1 GEMM");
   for (const int adapters : {1, 4, 16}) {
     const int64_t rows = 8192;
     const int layers = 2;
@@ -337,15 +345,13 @@ int main(int argc, char** argv) {
     });
     const auto all = b.capture([&] {
       each([&](auto& l, TensorView in, TensorView m, TensorView g, TensorView out) {
-        ops.lora_backward_s(l, batch.groups, g, ds);
-        ops.lora_backward_weights(l, batch.groups, in, s, g, ds);
+        ops.lora_backward(l, batch.groups, in, s, g, ds);
         ops.linear_lora_backward(g, m, l, batch.groups, ds, out);
       });
     });
     const auto apart = b.capture([&] {
       each([&](auto& l, TensorView in, TensorView m, TensorView g, TensorView out) {
-        ops.lora_backward_s(l, batch.groups, g, ds);
-        ops.lora_backward_weights(l, batch.groups, in, s, g, ds);
+        ops.lora_backward(l, batch.groups, in, s, g, ds);
         ops.linear_backward(g, m, out, false);
         ops.lora_backward_x(l, batch.groups, ds, out);
       });
@@ -359,18 +365,18 @@ int main(int argc, char** argv) {
       });
     };
     const auto with_lora = fused_dx(batch.groups), without = fused_dx({});
-    const auto only_s = b.capture([&] {
-      each([&](auto& l, TensorView, TensorView, TensorView g, TensorView) { ops.lora_backward_s(l, batch.groups, g, ds); });
+    const auto only_sb = b.capture([&] {
+      each([&](auto& l, TensorView, TensorView, TensorView g, TensorView) { ops.lora_backward(l, batch.groups, {}, s, g, ds); });
+    });
+    const auto only_a = b.capture([&] {
+      each([&](auto& l, TensorView in, TensorView, TensorView, TensorView) {
+        ops.lora_backward_weights(l, batch.groups, in, {}, {}, ds);
+      });
     });
     const auto only_x = b.capture([&] {
       each([&](auto& l, TensorView, TensorView, TensorView, TensorView out) { ops.lora_backward_x(l, batch.groups, ds, out); });
     });
-    const auto only_w = b.capture([&] {
-      each([&](auto& l, TensorView in, TensorView, TensorView g, TensorView) {
-        ops.lora_backward_weights(l, batch.groups, in, s, g, ds);
-      });
-    });
-    std::vector<double> t = b.time({base, all, apart, with_lora, without}), alone = b.time({only_s, only_x, only_w}, 60);
+    std::vector<double> t = b.time({base, all, apart, with_lora, without}), alone = b.time({only_sb, only_a, only_x}, 60);
     for (double& v : t) v /= layers;
     for (double& v : alone) v /= layers;
     std::printf("%9d | %9.1f | %9.1f %9.1f %9.1f | %9.1f %5.1f%% | %9.1f %9.1f %9.1f\n", adapters, t[0], alone[0], alone[1],
@@ -381,6 +387,9 @@ int main(int argc, char** argv) {
     add("lora_backward_apart_us_" + name, t[2] - t[0]);
     add("dx_fused_us_" + name, t[3] - t[0]);
     add("dx_one_product_us_" + name, t[4] - t[0]);
+    add("ds_db_us_" + name, alone[0]);
+    add("da_us_" + name, alone[1]);
+    add("dx_us_" + name, alone[2]);
   }
   std::printf("%s}\n", json.c_str());
   return 0;

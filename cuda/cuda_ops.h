@@ -73,6 +73,7 @@ class Scratch {
 
 class AttentionPlans;  // attention_cudnn.cpp
 class FusedLinear;     // fused_linear.cpp
+struct LoraCall;       // lora_call.h
 
 class CudaOps final : public Ops {
  public:
@@ -97,6 +98,8 @@ class CudaOps final : public Ops {
   void lora_backward_x(const LoraLinear& linear, const LoraGroups& groups, TensorView ds, TensorView dx) override;
   void lora_backward_weights(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
                              TensorView ds) override;
+  void lora_backward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
+                     TensorView ds) override;
 
   void linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
                    TensorView y) override;
@@ -132,6 +135,7 @@ class CudaOps final : public Ops {
 
   void swiglu(TensorView gate_up, TensorView y) override;
   void swiglu_backward(TensorView gate_up, TensorView dy, TensorView dgate_up) override;
+  void swiglu_and_backward(TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y) override;
 
   void token_loss(TensorView logits, const LossRow* rows, TensorView dlogits, float* logprob, float* loss) override;
   void sample(TensorView logits, const SampleBatch& batch, int32_t* ids, float* logprob, TensorView top_ids,
@@ -141,10 +145,29 @@ class CudaOps final : public Ops {
   void adamw(const AdamBatch& batch, const float* norm) override;
 
  private:
+  // y: the forward's output too, or without data.
+  void swiglu_backward_onto(const char* op, TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y);
   // False: no group has a rank here, nothing was launched.
   bool shrink_on(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s);
   // Shrink and expand in one launch when every group is small (lora_decode.cu); false: not such a batch, nothing was done.
   bool lora_small(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView y);
+  // The products into rank columns over many rows of a fast layout (lora_tall.cu); shrink: the groups without dropout.
+  void tall_shrink(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, int stacked,
+                   TensorView x, TensorView s);
+  void tall_backward_s(const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, int single, TensorView dy,
+                       TensorView ds);
+  // dB, dA of the groups without dropout, dA of those with it: by the kernels for any rows and layout (lora_grad.cu), or by the
+  // passes over many rows (lora_wide.cu).
+  enum class Gradient { b, a, a_dropout };
+  void gradients(const char* op, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
+                 TensorView ds, bool with_ds);
+  void small_gradient(Gradient of, const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, bool fast,
+                      TensorView l, TensorView p);
+  void wide_gradient(Gradient of, const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, TensorView l,
+                     TensorView p);
+  // ds and dB in one pass over dy; false: ranks or sums are too large for it, nothing was done.
+  bool wide_sum(const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, TensorView s, TensorView dy,
+                TensorView ds);
   // Expand that overwrites: y = scale * s B^T, zero where a row or part has no adapter (lora_spread.cu).
   void lora_fill(const LoraLinear& linear, const LoraGroups& groups, TensorView s, TensorView y);
   void linear_onto(TensorView x, TensorView w, TensorView bias, TensorView y, bool accumulate);
@@ -161,6 +184,7 @@ class CudaOps final : public Ops {
   Buffer decode_workspace_;  // linear_decode.h
   Scratch sample_scratch_;   // logits of tokens that bias or penalties change
   Scratch norm_scratch_;     // partial sums of gradient norms
+  Scratch lora_scratch_;     // partial sums of ds, dA and dB
   Scratch attention_scratch_;
   std::unique_ptr<AttentionPlans> attention_plans_;
   std::unique_ptr<FusedLinear> fused_linear_;

@@ -106,6 +106,7 @@ CudaOps::CudaOps(int device, DType compute_dtype, bool deterministic)
       deterministic_(deterministic),
       sample_scratch_(device_),
       norm_scratch_(device_),
+      lora_scratch_(device_),
       attention_scratch_(device_) {
   require(dtype_ == DType::bf16 || dtype_ == DType::f16, "[cuda] compute dtype: expected bf16 or f16, got ", name_of(dtype_));
   blas_workspace_ = Buffer(device_, kBlasWorkspace);

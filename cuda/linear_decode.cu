@@ -3,13 +3,13 @@
 //
 // A block owns a tile of W's rows and one of `splits` shares of k. One warp keeps the stages of W and x on their way (TMA), two
 // warpgroups multiply: W is the left operand (its rows are m), the rows of x are n, so 8 to 64 of them cost no padding. Meanwhile
-// four more warps make scale * s B^T of the tile from the adapters' B, in shared memory, and the epilogue adds it. The shares of k meet
-// in global memory (which the L2 holds): every block lays its sums down, waits for the others of its tile, and adds up its part of
-// them in a fixed order.
+// four more warps make scale * s B^T of the tile from the adapters' B, in shared memory, and the epilogue adds it. The shares of k
+// meet in global memory (which the L2 holds): every block lays its sums down, waits for the others of its tile, and adds up its
+// part of them in a fixed order.
 //
-// Launches overlap. Without adapters, W's first tiles are requested before the launch in front has ended, which keeps the memory busy
-// across the small kernels between two products. With adapters that launch is the shrink, which lets this one begin only when x is
-// there: then only the warps that read s wait for it, and the shrink costs no time of its own.
+// Launches overlap. Without adapters, W's first tiles are requested before the launch in front has ended, which keeps the memory
+// busy across the small kernels between two products. With adapters that launch is the shrink, which lets this one begin only when
+// x is there: then only the warps that read s wait for it, and the shrink costs no time of its own.
 #include <cuda.h>
 
 #include <algorithm>
@@ -27,11 +27,11 @@ namespace {
 constexpr int kK = 64;  // columns of a stage: 128 bytes, one row of the swizzle
 constexpr int kGroups = 2;
 constexpr int kConsumers = kGroups * 128;
-constexpr int kBaseThreads = kConsumers + kWarp;     // and the warp that fetches
-constexpr int kLoraHelpers = 4;                      // warps
+constexpr int kBaseThreads = kConsumers + kWarp;  // and the warp that fetches
+constexpr int kLoraHelpers = 4;                   // warps
 constexpr int kAllThreads = kBaseThreads + kLoraHelpers * kWarp;
-constexpr int kSharedBytes = 160 * 1024;             // leaves room for a block of the shrink on the same processor
-constexpr uint64_t kTurn = 840;                       // divisible by every number of splits
+constexpr int kSharedBytes = 160 * 1024;  // leaves room for a block of the shrink on the same processor
+constexpr uint64_t kTurn = 840;           // divisible by every number of splits
 static_assert(kTurn % 8 == 0 && kTurn % 7 == 0 && kTurn % 5 == 0 && kTurn % 3 == 0 && kMaxDecodeSplits == 8);
 enum NamedBarrier { kGroupBarrier = 1, kConsumerBarrier = 3, kHelperBarrier, kAdapterBarrier };
 
@@ -77,9 +77,10 @@ struct Helpers {
 // c += W x^T of one 16-wide step, m 64 by n kN; both from shared memory, k contiguous, 128-byte swizzle.
 template <class T, int kN>
 __device__ inline void multiply_async(float (&c)[kN / 2], uint64_t w, uint64_t x) {
-#define LOQUETIER_WGMMA(type, n, regs, wd, xd)                                                                              \
+#define LOQUETIER_WGMMA(type, n, regs, wd, xd) \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " regs ", %" #wd ", %" #xd ", 1, 1, 1, 0, 0;\n"
-#define LOQUETIER_C8(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define LOQUETIER_C8(i) \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
   constexpr bool kBf16 = std::is_same_v<T, bf16>;
   if constexpr (kN == 16 && kBf16) {
     LOQUETIER_WGMMA("bf16", 16, "{%0,%1,%2,%3,%4,%5,%6,%7}", 8, 9) : LOQUETIER_C8(0) : "l"(w), "l"(x));
@@ -110,7 +111,8 @@ __device__ inline void multiply_async(float (&c)[kN / 2], uint64_t w, uint64_t x
 
 // Four 8 x 8 blocks of pairs along the columns, stored transposed: lane 8 b + i gives the address of column i of block b.
 __device__ inline void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
                : "memory");
 }
 // The same blocks read back as they were given.
@@ -125,7 +127,8 @@ __device__ inline void load_transposed(uint32_t address, uint32_t (&v)[4]) {
 
 // What this tile needs of every group: its part's B. One thread a group, so that the trips to memory are made at the same time.
 template <int kTile>
-__device__ inline void list_items(const DecodeArgs& a, int tile, Helpers& helpers, int thread, int& part_column, int& part_columns) {
+__device__ inline void list_items(const DecodeArgs& a, int tile, Helpers& helpers, int thread, int& part_column,
+                                  int& part_columns) {
   int part = 0, begin = 0;
   while (part + 1 < a.call.parts && tile * kTile >= begin + a.call.out[part]) begin += static_cast<int>(a.call.out[part++]);
   part_column = tile * kTile - begin;
@@ -160,8 +163,10 @@ __device__ inline void expand_tile(const DecodeArgs& a, int tile, int from, int 
             q = lane % 4;
   int part_column, part_columns;
   list_items<S::tile>(a, tile, helpers, thread, part_column, part_columns);
-  for (int i = thread; i < S::staging / 16; i += kLoraHelpers * kWarp) store_shared16(staging + static_cast<uint32_t>(i) * 16, {0, 0, 0, 0});
-  const int first = from / kSpreadColumns, units = (to + kSpreadColumns - 1) / kSpreadColumns - first, total = units * helpers.count;
+  for (int i = thread; i < S::staging / 16; i += kLoraHelpers * kWarp)
+    store_shared16(staging + static_cast<uint32_t>(i) * 16, {0, 0, 0, 0});
+  const int first = from / kSpreadColumns, units = (to + kSpreadColumns - 1) / kSpreadColumns - first,
+            total = units * helpers.count;
   SpreadFragments ahead[kDepth];
   const auto fetch = [&](int at, SpreadFragments& f) {
     if (at >= total) return;
@@ -171,7 +176,7 @@ __device__ inline void expand_tile(const DecodeArgs& a, int tile, int from, int 
   int next = warp;
 #pragma unroll
   for (int i = 0; i < kDepth; ++i, next += kLoraHelpers) fetch(next, ahead[i]);
-  wait_for_previous();  // s
+  wait_for_previous();                                  // s
   named_barrier(kHelperBarrier, kLoraHelpers * kWarp);  // the zeros are there
 #pragma unroll 1
   for (int at = warp; at < total; at += kLoraHelpers, next += kLoraHelpers) {
@@ -200,7 +205,8 @@ __device__ inline void expand_tile(const DecodeArgs& a, int tile, int from, int 
       v.y = pack2<T>(sum[1][odd] * item.scale, sum[1][2 + odd] * item.scale);
       v.z = pack2<T>(sum[2][odd] * item.scale, sum[2][2 + odd] * item.scale);
       v.w = pack2<T>(sum[3][odd] * item.scale, sum[3][2 + odd] * item.scale);
-      store_shared16(staging + static_cast<uint32_t>((group * kRows + item.row + 2 * q + odd) * S::stride + (own - group * 64 * kM) * 2), v);
+      store_shared16(
+          staging + static_cast<uint32_t>((group * kRows + item.row + 2 * q + odd) * S::stride + (own - group * 64 * kM) * 2), v);
     }
   }
 }
@@ -209,7 +215,8 @@ __device__ inline void expand_tile(const DecodeArgs& a, int tile, int from, int 
 
 template <class T, int kM, int kRows>
 __global__ void __launch_bounds__(kAllThreads, 1)
-    decode_kernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map, const __grid_constant__ DecodeArgs a) {
+    decode_kernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
+                  const __grid_constant__ DecodeArgs a) {
   using S = Tiling<kM, kRows>;
   constexpr int kRowBlocks = kRows / 8;
   extern __shared__ std::byte raw[];
@@ -237,7 +244,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
   if (warp >= kBaseThreads / kWarp) {
     for (int tile = first_tile; tile < a.tiles; tile += step) {
       expand_tile<T, kM, kRows>(a, tile, block_begin * 16, block_end * 16, staging, helpers);
-      named_barrier(kAdapterBarrier, kConsumers + kLoraHelpers * kWarp);  // it is there
+      named_barrier(kAdapterBarrier, kConsumers + kLoraHelpers * kWarp);                             // it is there
       if (tile + step < a.tiles) named_barrier(kAdapterBarrier, kConsumers + kLoraHelpers * kWarp);  // and has been read
     }
     return;
@@ -326,13 +333,15 @@ __global__ void __launch_bounds__(kAllThreads, 1)
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int row = j * 8 + lane % 4 * 2 + e % 2, in_tile = block * 16 + lane / 4 + e / 2 * 8, column = tile * S::tile + in_tile;
+          const int row = j * 8 + lane % 4 * 2 + e % 2, in_tile = block * 16 + lane / 4 + e / 2 * 8,
+                    column = tile * S::tile + in_tile;
           if (row >= a.rows || column >= a.n) continue;
           float value = total[e];
           if (a.bias != nullptr) value += to_float(static_cast<const T*>(a.bias)[column]);
           if (adapters) {
             const int half = in_tile / (64 * kM);
-            value += load_shared_half<T>(staging + static_cast<uint32_t>((half * kRows + row) * S::stride + (in_tile - half * 64 * kM) * 2));
+            value += load_shared_half<T>(staging +
+                                         static_cast<uint32_t>((half * kRows + row) * S::stride + (in_tile - half * 64 * kM) * 2));
           }
           static_cast<T*>(a.y)[row * a.ld_y + column] = from_float<T>(value);
         }
@@ -431,8 +440,19 @@ bool decode_linear(TensorMaps& maps, void* workspace, TensorView x, TensorView w
     for (int p = 0; p < lora.call.parts; ++p)
       if (p + 1 < lora.call.parts && lora.call.out[p] % (128 * way.m) != 0) return false;  // a tile lies in one part
   }
-  DecodeArgs args = {y.data, y.ld, bias, static_cast<int>(x.rows), static_cast<int>(w.rows), static_cast<int>(x.cols), 0, 0,
-                     static_cast<float4*>(workspace), nullptr, lora.call, lora.s.data, lora.s.ld};
+  DecodeArgs args = {y.data,
+                     y.ld,
+                     bias,
+                     static_cast<int>(x.rows),
+                     static_cast<int>(w.rows),
+                     static_cast<int>(x.cols),
+                     0,
+                     0,
+                     static_cast<float4*>(workspace),
+                     nullptr,
+                     lora.call,
+                     lora.s.data,
+                     lora.s.ld};
   args.tickets = reinterpret_cast<uint64_t*>(static_cast<std::byte*>(workspace) +
                                              static_cast<size_t>(processors) * 256 * kMaxDecodeRows * sizeof(float));
   const auto launch = [&]<class T, int kRows>() {

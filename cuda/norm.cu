@@ -20,8 +20,8 @@ template <class T, int N>
 __global__ void norm_kernel(const T* x, int64_t ld_x, const T* delta, int64_t ld_delta, const T* w, float eps, T* sum,
                             int64_t ld_sum, T* y, int64_t ld_y, int64_t cols) {
   __shared__ float shared[8];
-  wait_for_previous();
   let_next_start();
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   float squares = 0;
   for (int64_t c = threadIdx.x * N; c < cols; c += blockDim.x * N) {
@@ -48,8 +48,8 @@ template <class T, int N>
 __global__ void norm_backward_kernel(const T* x, int64_t ld_x, const T* w, float eps, const T* dy, int64_t ld_dy, T* dx,
                                      int64_t ld_dx, int64_t cols) {
   __shared__ float shared[8];
-  wait_for_previous();
   let_next_start();
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   float squares = 0, dot = 0;
   for (int64_t c = threadIdx.x * N; c < cols; c += blockDim.x * N) {

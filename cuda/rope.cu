@@ -87,8 +87,8 @@ struct Rotor {
 // heads: q heads, then k heads, then (only with pages) v heads, which are copied.
 template <class T, int N>
 __global__ void rope_kernel(RopeArgs<T> a, int heads, int lanes) {
-  wait_for_previous();
   let_next_start();
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   const int size = a.head_size, half = size / 2, groups = static_cast<int>(blockDim.x) / lanes;
   Rotor<T, N> rotor(a.cos_sin + row * a.ld_cos, half, lanes);
@@ -147,8 +147,8 @@ __global__ void rope_kernel(RopeArgs<T> a, int heads, int lanes) {
 // The rotation turned back, then the gradient of the norm: with g = d w, dx = r g - x r^3 mean(g x).
 template <class T, int N>
 __global__ void rope_backward_kernel(RopeArgs<T> a, int heads, int lanes) {
-  wait_for_previous();
   let_next_start();
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   const int size = a.head_size, half = size / 2, groups = static_cast<int>(blockDim.x) / lanes;
   Rotor<T, N> rotor(a.cos_sin + row * a.ld_cos, half, lanes);

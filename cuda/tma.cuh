@@ -1,5 +1,6 @@
 // Hopper's asynchronous copies and products for the kernels that use them directly: barriers in shared memory, bulk tensor copies,
-// the bookkeeping of wgmma (PTX ISA 8, sections on mbarrier, cp.async.bulk, wgmma). Shared memory is addressed by its 32-bit address.
+// the bookkeeping of wgmma (PTX ISA 8, sections on mbarrier, cp.async.bulk, wgmma). Shared memory is addressed by its 32-bit
+// address.
 #pragma once
 
 #include <cuda.h>
@@ -47,8 +48,8 @@ constexpr uint64_t kStreamOnce = 0x12F0000000000000, kKeep = 0x14F0000000000000;
 
 __device__ inline void tma_load(uint32_t to, const CUtensorMap& map, uint64_t& barrier, int column, int row, uint64_t hint) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
-          to),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], "
+      "%5;" ::"r"(to),
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier)), "l"(hint)
       : "memory");
 }

@@ -18,7 +18,7 @@ endif()
 
 set(loquetier_cuda_objects)
 foreach(name IN ITEMS adamw attention_plain elementwise linear_decode lora_decode lora_fused_bf16 lora_fused_f16 lora_fused_pack
-    lora_grad lora_reduce lora_spread loss norm rope sampling)
+    lora_grad lora_reduce lora_spread lora_tall lora_wide loss norm rope sampling)
   set(source ${PROJECT_SOURCE_DIR}/cuda/${name}.cu)
   set(object ${PROJECT_BINARY_DIR}/cuda/${name}.cu.o)
   set(options ${loquetier_cuda_gencode})

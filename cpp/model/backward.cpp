@@ -2,8 +2,8 @@
 // exist.
 //
 // saved.dx carries the gradient of the residual stream; every branch adds to it (rms_norm_backward adds, the residual passes
-// through). Where a buffer's old content is dead its gradient takes its place: the swiglu output, a norm's output and gate_up are
-// each overwritten by their own gradient, after the LoRA weight gradients have read them.
+// through). Where a buffer's old content is dead its gradient takes its place: a norm's output and gate_up are each overwritten by
+// their own gradient, after the LoRA weight gradients have read them. The swiglu output is not there until its gradient is.
 #include "model/layer.h"
 
 namespace loquetier {
@@ -30,12 +30,10 @@ bool trains_site(const LoraGroups& groups, int32_t site) {
 namespace {
 
 // dA, dB += of one fused linear, then dx unless it is empty. x, the linear's input, may share memory with dx: it is read first.
+// Without x, dA is left to the caller, from ds.
 void linear_backward(Ops& ops, const LinearWeights& weights, const LoraLinear& lora, const LoraGroups& groups, bool trained,
                      TensorView x, TensorView s, TensorView dy, TensorView ds, TensorView dx) {
-  if (trained) {
-    ops.lora_backward_s(lora, groups, dy, ds);
-    ops.lora_backward_weights(lora, groups, x, s, dy, ds);
-  }
+  if (trained) ops.lora_backward(lora, groups, x, s, dy, ds);
   if (dx.empty()) return;
   if (trained && weights.size() == 1) {
     ops.linear_lora_backward(dy, weights[0].w, lora, groups, ds, dx);
@@ -87,13 +85,18 @@ void Model::backward_layer(const BatchView& batch, const Saved& saved, int64_t l
   const TensorView qkv = first(kept.qkv), attn = first(kept.attn), mid = first(kept.mid), gate_up = first(kept.gate_up);
   const auto rerun_norm = [&](TensorView x, TensorView w) { ops_.rms_norm(x, w, config.rms_norm_eps, work.norm); };
 
-  // down
-  if (down_trained) ops_.swiglu(gate_up, act);
-  linear_backward(ops_, weights.down, lora(Site::down), groups, down_trained, act, first(kept.s[3]), dx, work.ds,
-                  below_down ? act : TensorView{});
-  // swiglu, gate_up, norm
-  if (below_down) {
+  // down: its input comes back where its gradient was, from the one reading of gate_up that the gradient of swiglu needs
+  if (down_trained && !below_down) ops_.swiglu(gate_up, act);
+  linear_backward(ops_, weights.down, lora(Site::down), groups, down_trained, below_down ? TensorView{} : act, first(kept.s[3]), dx,
+                  work.ds, below_down ? act : TensorView{});
+  if (below_down && down_trained) {
+    ops_.swiglu_and_backward(gate_up, act, gate_up, act);
+    ops_.lora_backward_weights(lora(Site::down), groups, act, {}, {}, work.ds);
+  } else if (below_down) {
     ops_.swiglu_backward(gate_up, act, gate_up);
+  }
+  // gate_up, norm
+  if (below_down) {
     if (gate_up_trained) rerun_norm(mid, weights.post_norm);
     linear_backward(ops_, weights.gate_up, lora(Site::gate_up), groups, gate_up_trained, work.norm, first(kept.s[2]), gate_up,
                     work.ds, below_gate_up ? work.norm : TensorView{});

@@ -13,10 +13,7 @@ void head_backward(Ops& ops, const ModelWeights& weights, const LoraLinear& lora
   const ModelConfig& config = weights.config;
   const int32_t* index = batch.head_rows + chunk.begin;
   const bool trained = trains_site(chunk.groups, lora.site);
-  if (trained) {
-    ops.lora_backward_s(lora, chunk.groups, work.dlogits, work.ds);
-    ops.lora_backward_weights(lora, chunk.groups, work.norm, work.s, work.dlogits, work.ds);
-  }
+  if (trained) ops.lora_backward(lora, chunk.groups, work.norm, work.s, work.dlogits, work.ds);
   if (batch.lowest_layer >= config.num_layers) return;  // nothing below lm_head is trained
   base_linear_backward(ops, weights.table.lm_head, work.dlogits, work.norm);
   if (trained) ops.lora_backward_x(lora, chunk.groups, work.ds, work.norm);

@@ -72,7 +72,7 @@ struct HeadScratch {
 struct BackwardScratch {
   LayerSaved layer;  // [n, ...] rerun of the layer; with Recompute::layer only
   TensorView delta;  // [n, H]   likewise
-  TensorView wide;   // [n, max(F, (Q + 2K) D)]  swiglu output, then its gradient; later the gradient of qkv
+  TensorView wide;   // [n, max(F, (Q + 2K) D)]  gradient of the swiglu output, then that output; later the gradient of qkv
   TensorView norm;   // [n, H]   a norm's output, then its gradient
   TensorView dattn;  // [n, Q D]
   TensorView ds;     // [n, R]

@@ -405,6 +405,13 @@ TEST(swiglu_and_backward) {
         expect("swiglu_backward", d.get(), reference::swiglu_backward(gate_up, dy), rig.bound(6e-7));
         run_twice({&dgate_up}, [&] { rig.ops().swiglu_backward(dgate_up, ddy, dgate_up); });
         CHECK(dgate_up.get().values == d.get().values);
+        OnDevice again(rig, gate_up), both(rig, dy), apart(rig, rows, 2 * n), y2(rig, rows, n);
+        run_twice({&apart, &y2}, [&] { rig.ops().swiglu_and_backward(again, ddy, apart, y2); });
+        CHECK(apart.get().values == d.get().values);
+        CHECK(y2.get().values == y.get().values);
+        run_twice({&again, &both}, [&] { rig.ops().swiglu_and_backward(again, both, again, both); });
+        CHECK(again.get().values == d.get().values);
+        CHECK(both.get().values == y.get().values);
       }
   });
 }
