@@ -30,7 +30,7 @@ constexpr int kConsumers = kGroups * 128;
 constexpr int kBaseThreads = kConsumers + kWarp;  // and the warp that fetches
 constexpr int kLoraHelpers = 4;                   // warps
 constexpr int kAllThreads = kBaseThreads + kLoraHelpers * kWarp;
-constexpr int kSharedBytes = 160 * 1024;  // leaves room for a block of the shrink on the same processor
+constexpr int kSharedBytes = 200 * 1024;  // leaves room for a block of the shrink on the same processor
 constexpr uint64_t kTurn = 840;           // divisible by every number of splits
 static_assert(kTurn % 8 == 0 && kTurn % 7 == 0 && kTurn % 5 == 0 && kTurn % 3 == 0 && kMaxDecodeSplits == 8);
 enum NamedBarrier { kGroupBarrier = 1, kConsumerBarrier = 3, kHelperBarrier, kAdapterBarrier };
@@ -409,20 +409,21 @@ struct Way {
   int splits = 1;
 };
 
-// Tile and shares of k, as measured on an H200 (benchmarks/results): one wave of blocks, shares of at least eight stages.
-Way way_of(int64_t n, int64_t k, int processors) {
-  Way best;
-  int64_t most = 0;
-  for (const int m : {2, 1}) {
+// Tile and shares of k, as measured on an H200: one wave of blocks, shares of at least eight stages. The sums of many rows cost
+// their way through memory, so those take the smaller tile, which needs fewer shares; without shares the larger one reads x less
+// often.
+Way way_of(int64_t rows, int64_t n, int64_t k, int processors) {
+  const auto with = [&](int m) {
     const int64_t tiles = ceil_div(n, 128 * m);
-    const int64_t splits = std::clamp<int64_t>(std::min(processors / tiles, k / (8 * kK)), 1, kMaxDecodeSplits);
-    const int64_t blocks = tiles * splits / ceil_div(tiles * splits, processors);  // of a wave, on average
-    if (blocks > most + most / 8) {
-      most = blocks;
-      best = {m, static_cast<int>(splits)};
-    }
-  }
-  return best;
+    return Way{m, static_cast<int>(std::clamp<int64_t>(std::min(processors / tiles, k / (8 * kK)), 1, kMaxDecodeSplits))};
+  };
+  const auto blocks = [&](const Way& way) {  // of a wave, on average
+    const int64_t all = ceil_div(n, 128 * way.m) * way.splits;
+    return all / ceil_div(all, processors);
+  };
+  const Way large = with(2), small = with(1);
+  if (large.splits == 1 || rows <= 32) return blocks(small) > blocks(large) + blocks(large) / 8 ? small : large;
+  return blocks(large) > blocks(small) + blocks(small) / 4 ? large : small;
 }
 
 }  // namespace
@@ -435,7 +436,7 @@ bool decode_linear(TensorMaps& maps, void* workspace, TensorView x, TensorView w
                    const DecodeLora& lora, int processors, cudaStream_t stream) {
   const auto aligned = [](const TensorView& t) { return aligned16(t.data) && t.ld % 8 == 0; };
   if (x.rows > kMaxDecodeRows || x.cols % 8 != 0 || w.rows % 8 != 0 || !aligned(x) || !aligned(w) || !aligned(y)) return false;
-  const Way way = way_of(w.rows, x.cols, processors);
+  const Way way = way_of(x.rows, w.rows, x.cols, processors);
   if (lora.call.count > 0) {
     for (int p = 0; p < lora.call.parts; ++p)
       if (p + 1 < lora.call.parts && lora.call.out[p] % (128 * way.m) != 0) return false;  // a tile lies in one part
