@@ -190,7 +190,7 @@ void Engine::Impl::run(const Plan& plan) {
   const int blob = c.micro ? 1 - c.micro->blob : 0;
   const StepContext context{c.model.config(), c.planner, c.adapters, c.requests, c.jobs, weights, options.page_size};
   StepBatch batch = build_step(plan, context, c.metadata[blob], c.results);
-  if (c.micro && plan.backward_layers > 0) refresh_micro_batch();
+  if (c.micro && plan.backward_slices > 0) refresh_micro_batch();
   mark("planned");
   const BatchView& view = batch.view;
   size_t scratch_bytes = c.model.scratch_bytes(view.rows, view.train_rows, view.head_count, view.groups.max_rank, recompute);
@@ -210,7 +210,7 @@ void Engine::Impl::run(const Plan& plan) {
     c.stats.arena_peak = std::max(c.stats.arena_peak, static_cast<int64_t>(saved.peak() + scratch.peak()));
   }
   mark("forward");
-  run_backward(plan.backward_layers);
+  run_backward(plan.backward_slices);
   mark("backward");
   if (batch.updates.job_count > 0) {
     c.ops->grad_norm(batch.updates, batch.norms.device);

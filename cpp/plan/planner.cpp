@@ -253,7 +253,7 @@ void Planner::State::cache_full_pages(PlannedRequest& r) {
 
 std::span<const int32_t> Planner::tokens(int64_t request) const { return state_->find_request(request, "tokens").tokens; }
 std::span<const int32_t> Planner::pages(int64_t request) const { return state_->find_request(request, "pages").pages; }
-int32_t Planner::pending_backward_layers() const { return state_->training.backward_layers_left(); }
+int32_t Planner::pending_backward_slices() const { return state_->training.backward_layers_left(); }
 bool Planner::has_work() const { return !state_->requests.empty() || !state_->training.empty(); }
 
 PlannerStats Planner::stats() const {

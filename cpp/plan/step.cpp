@@ -27,8 +27,8 @@ Plan Planner::State::plan(const StepBudget& budget) {
   limits.rows_left = budget.max_rows < 0 ? config.max_batch_tokens : std::min(budget.max_rows, config.max_batch_tokens);
   limits.rows_wanted = limits.rows_left;
   limits.bytes_left = config.adapter_pool_bytes;
-  layers_offered = budget.max_backward_layers != 0;
-  training.begin(serial, budget.max_backward_layers);
+  layers_offered = budget.max_backward_slices != 0;
+  training.begin(serial, budget.max_backward_slices);
   survey();
   serve_overdue();
   if (limits.rows_left > 0) {

@@ -204,7 +204,7 @@ void TrainQueues::emit(Plan& plan) {
       plan.adapters.push_back({version.adapter->id, version.version});
     }
   }
-  plan.backward_layers = layers_now_;
+  plan.backward_slices = layers_now_;
 
   std::vector<PlannedJob*> completed;
   for (const Taken& t : taken_) {  // a job's examples are adjacent and counted at its last one
