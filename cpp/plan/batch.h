@@ -40,14 +40,15 @@ struct MicroExample {
 };
 
 struct Plan {
-  std::vector<Segment> segments;        // in row order: by kind, inside a kind by (adapter, version), then in order of arrival
-  int32_t rows[4] = {0, 0, 0, 0};       // by kind
-  std::vector<AdapterUse> adapters;     // distinct, base left out: to be resident for this step
-  // A micro-batch begins: its examples in the order of its rows, by adapter. This step's training segments are the first of these rows.
+  std::vector<Segment> segments;     // in row order: by kind, inside a kind by (adapter, version), then in order of arrival
+  int32_t rows[4] = {0, 0, 0, 0};    // by kind
+  std::vector<AdapterUse> adapters;  // distinct, base left out: to be resident for this step
+  // A micro-batch begins: its examples in the order of its rows, by adapter. This step's training segments are the first of these
+  // rows.
   std::vector<MicroExample> micro_batch;
   int32_t micro_row = 0;  // of this step's first training row in its micro-batch
-  // Without rows of other kinds a chunk may stop between layers (with slice_rows): its layers, then its heads, are forward slices. The
-  // rest of a stopped chunk is run in later plans, beside segments of other kinds, after their forward. The most to run; 0: the
+  // Without rows of other kinds a chunk may stop between layers (with slice_rows): its layers, then its heads, are forward slices.
+  // The rest of a stopped chunk is run in later plans, beside segments of other kinds, after their forward. The most to run; 0: the
   // segments' forward is not cut and no chunk is stopped.
   int32_t forward_slices = 0;
   bool resumes = false;                 // the slices belong to a chunk that stopped in an earlier step

@@ -2,13 +2,14 @@
 //
 // Seconds are linear in features that are not linear in the work. One pass over the layers with n rows costs what streaming the
 // weights costs until the products of n rows cost more: a convex function of n, kept as a sum of hinges max(0, n - knot) with
-// coefficients >= 0. So is a pass of backward. Beside these: attention by keys read or (query, key) pairs, vocabulary rows, bytes of
-// adapters, bytes of optimizer state, a fixed part of each step and of each slice.
+// coefficients >= 0. So is a pass of backward. Beside these: attention by keys read or (query, key) pairs, vocabulary rows, bytes
+// of adapters, bytes of optimizer state, a fixed part of each step and of each slice.
 //
-// The prior is a roofline (Device rates and the model's shape). Fitting is recursive least squares on relative error with forgetting:
-// the normal equations decay, a ridge holds what the measurements do not excite at the prior (scaled by the one factor that the
-// measurements did show), residuals are clipped (Huber) so that an outlier moves little, and the first step of each shape is left
-// out because it pays for warming up. Host arithmetic only, the same observations give the same model.
+// The prior is a roofline (device rates and the model's shape). Fitting is recursive least squares on relative error with
+// forgetting: the normal equations decay, and what the measurements do not excite stays where it is (in the beginning: at the
+// prior, times the one factor that the measurements did show). Residuals are clipped (Huber) so that an outlier moves little, and
+// the first step of each shape is left out because it pays for warming up. Host arithmetic only; the same observations give the
+// same model.
 #pragma once
 
 #include <array>
@@ -30,18 +31,18 @@ class StepWork {
   void add_backward(double rows, double share = 1);  // a slice: share of the whole backward's products, per row
   StepWork& operator+=(const StepWork& other);
 
-  bool steps = false;         // some work: the fixed part of a step counts
-  double slices = 0;          // launched apart from the unified forward
+  bool steps = false;  // some work: the fixed part of a step counts
+  double slices = 0;   // launched apart from the unified forward
   double decode_rows = 0;
-  double decode_context = 0;  // keys that decodes read, summed over rows
-  double prefill_pairs = 0;   // (query, key) pairs of prompt chunks
-  double train_pairs = 0;     // of training and evaluation forward
-  double backward_pairs = 0;  // times the share of the layers
-  double head_passes = 0;     // vocabulary products launched (chunks of head rows)
-  double head_rows = 0;       // sampled, or with a loss
-  double train_head_rows = 0; // of these, with a gradient
-  double adapter_bytes = 0;   // of distinct adapters
-  double update_bytes = 0;    // of optimizer steps
+  double decode_context = 0;   // keys that decodes read, summed over rows
+  double prefill_pairs = 0;    // (query, key) pairs of prompt chunks
+  double train_pairs = 0;      // of training and evaluation forward
+  double backward_pairs = 0;   // times the share of the layers
+  double head_passes = 0;      // vocabulary products launched (chunks of head rows)
+  double head_rows = 0;        // sampled, or with a loss
+  double train_head_rows = 0;  // of these, with a gradient
+  double adapter_bytes = 0;    // of distinct adapters
+  double update_bytes = 0;     // of optimizer steps
   // [0] passes (shares), [1] rows, [2 + i] hinge at knot i, each times the share.
   std::array<double, 2 + kForwardKnots.size()> forward = {};
   std::array<double, 2 + kBackwardKnots.size()> backward = {};
@@ -55,12 +56,12 @@ struct DeviceRates {
   double step_seconds = 1e-4;    // fixed part of a step
 };
 struct ModelShape {
-  double layer_parameters = 0;   // of the linears of all layers
+  double layer_parameters = 0;  // of the linears of all layers
   double vocabulary_parameters = 0;
   double hidden = 0;
   double layers = 0;
-  double q_columns = 0;          // Q D
-  double kv_columns = 0;         // 2 K D
+  double q_columns = 0;   // Q D
+  double kv_columns = 0;  // 2 K D
   double bytes_per_value = 4;
 };
 
@@ -97,23 +98,24 @@ class CostModel {
   std::string save() const;
   void load(const std::string& text);
 
-  static constexpr size_t kFeatures = 11 + 10 + 6;
+  static constexpr size_t kFeatures = 12 + 10 + 6;
   using Features = std::array<double, kFeatures>;
   Features coefficients() const;  // seconds per unit of each feature
 
  private:
-  Features features(const StepWork& work) const;
+  static Features features(const StepWork& work);
+  void rescale(const Features& f, double seconds);
   void solve();
 
-  Features prior_ = {};                                      // seconds per unit
-  Features theta_ = {};                                      // times the prior; 1: as the prior says
-  std::array<std::array<double, kFeatures>, kFeatures> normal_ = {};  // sum of w x x^T, x = feature * prior / seconds
-  Features target_ = {};                                     // sum of w x
-  double log_scale_ = 0;   // of measured over prior, slow mean
-  double spread_ = 1;      // of relative residuals, slow mean
+  Features scale_ = {};                          // seconds per unit that theta counts in, > 0; moves in the first observations
+  Features prior_ = {};                          // theta as the prior says
+  Features theta_ = {};                          // >= 0
+  std::array<Features, kFeatures> normal_ = {};  // sum of w x x^T, x = feature * scale / measured seconds
+  Features target_ = {};                         // sum of w x
+  double spread_ = 1;                            // of log(measured / predicted), slow mean
   int64_t observations_ = 0;
-  std::set<uint64_t> seen_;  // shapes
-  std::vector<float> errors_;
+  std::set<uint64_t> seen_;    // shapes
+  std::vector<float> errors_;  // the last kWindow, a ring
   size_t next_error_ = 0;
 };
 

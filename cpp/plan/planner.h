@@ -43,8 +43,8 @@ struct PlannerConfig {
   int32_t num_layers = 0;
   int32_t starvation_steps = 8;
   bool prefix_caching = true;
-  // > 0: training work comes in pieces of about so many rows: the forward of a micro-batch in chunks over several steps, backward in
-  // slices (a part of a layer over a block of rows). 0: a micro-batch's forward is in one step, a slice of backward is a layer.
+  // > 0: training work comes in pieces of about so many rows: the forward of a micro-batch in chunks over several steps, backward
+  // in slices (a part of a layer over a block of rows). 0: a micro-batch's forward is in one step, a slice of backward is a layer.
   int32_t slice_rows = 0;
   // With slice_rows: rows of other kinds that may share a step with a chunk (what Saved has room for behind the micro-batch).
   int32_t slack_rows = 1024;
@@ -70,11 +70,11 @@ struct RequestSpec {
 struct JobSpec {
   int64_t id = 0;
   int64_t adapter = -1;
-  bool train = true;          // else evaluation
-  bool barrier = false;       // ends with an optimizer step
-  std::vector<int32_t> rows;  // per example, 1 .. max_batch_tokens
+  bool train = true;             // else evaluation
+  bool barrier = false;          // ends with an optimizer step
+  std::vector<int32_t> rows;     // per example, 1 .. max_batch_tokens
   std::vector<int32_t> targets;  // per example: rows with a loss, taken to be its last ones (for the cost); empty: all rows
-  double weight = 1;          // > 0: the adapter's share of training rows beside other adapters' (of its newest job)
+  double weight = 1;             // > 0: the adapter's share of training rows beside other adapters' (of its newest job)
 };
 
 // Limits of one step beside the config's; time is handed in.
@@ -97,8 +97,8 @@ struct PlannerStats {
   int64_t waiting = 0, running = 0;
   int64_t queued_examples = 0;  // not yet in a plan that was committed
   int64_t preemptions = 0;
-  int64_t cached_tokens = 0;                 // prompt rows not computed thanks to the prefix cache
-  int64_t pages_free = 0, pages_cached = 0;  // cached: kept only for prefixes, taken back when needed
+  int64_t cached_tokens = 0;                        // prompt rows not computed thanks to the prefix cache
+  int64_t pages_free = 0, pages_cached = 0;         // cached: kept only for prefixes, taken back when needed
   int64_t deadlines_met = 0, deadlines_missed = 0;  // requests with a deadline, at their first token (or rejection: missed)
   int64_t rejected = 0;
 };
@@ -126,8 +126,8 @@ class Planner {
 
   // Decides the next step. Must be followed by commit() or abort() of the same plan before anything else but queries.
   Plan plan(const StepBudget& budget = {});
-  // The step was computed: positions advance, full pages become cacheable, completed jobs are forgotten. Returns the jobs whose last
-  // gradient or loss is in: Plan::completed_jobs, less those whose slices did not all run.
+  // The step was computed: positions advance, full pages become cacheable, completed jobs are forgotten. Returns the jobs whose
+  // last gradient or loss is in: Plan::completed_jobs, less those whose slices did not all run.
   std::vector<int64_t> commit(const Plan& plan, const StepOutcome& outcome = {});
   // What of an open plan was done, for CostModel::observe().
   StepWork work_of(const Plan& plan, const StepOutcome& outcome) const;

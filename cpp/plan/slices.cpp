@@ -13,7 +13,8 @@ std::vector<BackwardSlice> cut_layer(std::span<const int32_t> sequence_rows, int
   std::vector<BackwardSlice> sequences;  // blocks of whole sequences
   for (int32_t i = 0, row = 0; i < count; ++i) {
     const int32_t rows = sequence_rows[static_cast<size_t>(i)];
-    if (sequences.empty() || sequences.back().rows + rows > slice_rows) sequences.push_back({BackwardPart::attention, row, 0, i, 0});
+    if (sequences.empty() || sequences.back().rows + rows > slice_rows)
+      sequences.push_back({BackwardPart::attention, row, 0, i, 0});
     sequences.back().rows += rows;
     sequences.back().sequences += 1;
     row += rows;

@@ -1,8 +1,8 @@
 // How the backward of one layer is cut into slices: by part of the layer, and inside a part by rows. The planner counts and prices
 // slices, the engine runs them; both cut with this function, so a slice's number means the same to both.
 //
-// Rows are independent of each other but in attention, so a block of the other parts may begin and end anywhere; blocks of attention
-// (and of the layer's rerun, with Recompute::layer) hold whole sequences.
+// Rows are independent of each other but in attention, so a block of the other parts may begin and end anywhere; blocks of
+// attention (and of the layer's rerun, with Recompute::layer) hold whole sequences.
 #pragma once
 
 #include <cstdint>

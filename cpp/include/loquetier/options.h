@@ -84,7 +84,7 @@ struct InferResult {
   std::vector<float> prompt_logprobs = {};  // one per prompt token when asked for, the first is NaN
   FinishReason finish_reason = FinishReason::none;
   std::string adapter = {};
-  std::string error = {};  // when finish_reason is error or rejected
+  std::string error = {};    // when finish_reason is error or rejected
   double queue_seconds = 0;  // from submission to the step that computed its first row
   double ttft_seconds = 0;   // from submission to the first token; 0 without one
   double tpot_seconds = 0;   // mean time per token after the first; 0 with fewer than two
@@ -128,9 +128,9 @@ struct TrainResult {
   int64_t version = 0;  // of the adapter after this job
   double loss = 0;      // reduced as asked
   int64_t num_targets = 0;
-  double grad_norm = 0;     // before clipping; NaN when the job had no optimizer
-  bool applied = false;     // an optimizer step happened
-  std::string reason = {};  // why not: "accumulated", "non-finite gradient", "cancelled", "error: …"
+  double grad_norm = 0;      // before clipping; NaN when the job had no optimizer
+  bool applied = false;      // an optimizer step happened
+  std::string reason = {};   // why not: "accumulated", "non-finite gradient", "cancelled", "error: …"
   double queue_seconds = 0;  // from submission to the step that computed its first row
   double seconds = 0;        // from submission to the end
   int64_t steps = 0;         // that computed rows or backward slices of it
@@ -158,8 +158,8 @@ struct StepResult {
 struct InferOptions {
   std::string adapter = {};  // empty: base model
   SamplingParams sampling = {};
-  int priority = 0;          // higher is served first
-  bool pin_version = false;  // keep the adapter version the request began with
+  int priority = 0;                        // higher is served first
+  bool pin_version = false;                // keep the adapter version the request began with
   std::optional<double> deadline_ms = {};  // of the first token, from submission; default: the engine's ttft_ms
   bool reject_late = false;  // end with reason "rejected" once the deadline cannot be met; default: serve late, counted as missed
 };
@@ -185,9 +185,9 @@ struct EngineOptions {
   uint64_t seed = 0;
   int num_threads = 0;  // CPU backend; 0: the processors this process may use
   bool prefix_caching = true;
-  int page_size = 16;  // tokens per KV page, a power of two
+  int page_size = 16;                         // tokens per KV page, a power of two
   std::optional<LatencyTarget> latency = {};  // none: throughput, whole micro-batches
-  int slice_rows = 0;      // rows of a piece of training work; 0: whole micro-batches, or from the device's speed with a target
+  int slice_rows = 0;  // rows of a piece of training work; 0: whole micro-batches, or from the device's speed with a target
   std::string trace_path = {};  // a Chrome / Perfetto trace (JSON) of every step is written there; empty: none
 };
 
