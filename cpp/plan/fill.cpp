@@ -1,8 +1,9 @@
 // Time in a plan: how long the step may take, what fits into it, and training in pieces (PlannerConfig::slice_rows).
 //
-// A step with rows of requests may take until the first of its decodes owes its next token; a request's tokens are due on a schedule
-// from its first token on, so a step that took longer than predicted is made up for by the next ones. Training fills what decodes
-// and prompts leave. Without rows of requests nothing limits a step: the engine stops it between two slices when one arrives.
+// A step with rows of requests may take until the first of its decodes owes its next token; a request's tokens are due on a
+// schedule from its first token on, so a step that took longer than predicted is made up for by the next ones. Training fills what
+// decodes and prompts leave. Without rows of requests nothing limits a step: the engine stops it between two slices when one
+// arrives.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -14,13 +15,13 @@ namespace loquetier {
 
 namespace {
 
-constexpr double kMargin = 0.95;           // of the time per token: the rest is for what the model does not foresee
-constexpr double kCatchUp = 0.5;           // a step that makes up for late ones still has this share of it
-constexpr double kPromptShare = 0.25;      // of the time to first token: the longest step of prompts alone
-constexpr double kUrgentShare = 0.5;       // of it: with less left a prompt goes before its turn
-constexpr int kUrgentLooks = 64;           // prompts a step looks at in order of deadline, bounds the work when thousands wait
-constexpr int32_t kSmallestChunk = 16;     // training rows worth a place in a step
-constexpr int32_t kHeadSlice = 256;        // head rows of a forward slice
+constexpr double kMargin = 0.95;        // of the time per token: the rest is for what the model does not foresee
+constexpr double kCatchUp = 0.5;        // a step that makes up for late ones still has this share of it
+constexpr double kPromptShare = 0.25;   // of the time to first token: the longest step of prompts alone
+constexpr double kUrgentShare = 0.5;    // of it: with less left a prompt goes before its turn
+constexpr int kUrgentLooks = 64;        // prompts a step looks at in order of deadline, bounds the work when thousands wait
+constexpr int32_t kSmallestChunk = 16;  // training rows worth a place in a step
+constexpr int32_t kHeadSlice = 256;     // head rows of a forward slice
 
 double causal_pairs(double begin, double rows) { return rows * begin + rows * (rows + 1) / 2; }
 double passes(double heads) { return std::ceil(heads / kHeadSlice); }
@@ -259,8 +260,8 @@ void Planner::State::plan_backward(double limit, bool forward_planned) {
   const MicroRows& micro = training.micro_rows();
   const int32_t all = micro.slices(config.num_layers), left = forward_planned ? all : training.backward_slices_left();
   const int32_t most = std::min(left, training.max_slices());
-  const int32_t n = slices_in_time(
-      most, limit, [&](int32_t i) { return micro.slice_work(all - left + i, config.num_layers, config.mlp_share); });
+  const int32_t n =
+      slices_in_time(most, limit, [&](int32_t i) { return micro.slice_work(all - left + i, config.num_layers, config.mlp_share); });
   training.take_backward_slices(n);
 }
 
