@@ -137,6 +137,18 @@ void Planner::State::note_token(PlannedRequest& r, double when) {
 // ---------------------------------------------------------------- training in pieces
 
 void Planner::State::train_in_pieces() {
+  plan_pieces();
+  if (training.composed() && !training.has_chunk()) training.drop_composition();  // none of it fits this step
+}
+
+// A chunk has room for slack_rows other rows beside it. When training must go on, the others leave it that: how many rows they do
+// not get.
+int64_t Planner::State::rows_held() const {
+  const bool chunk = training.composed() || training.waits_for_chunk();
+  return must_train && chunk ? std::max<int64_t>(0, limits.rows_left - config.slack_rows) : 0;
+}
+
+void Planner::State::plan_pieces() {
   const bool serves = work_rows > 0;
   if (limits.rows_left > 0 && !(skip_evaluation && training.could_train())) evaluate();
   const MicroRows::Piece evaluated = training.evaluation();  // an overdue one may have come before
@@ -154,7 +166,6 @@ void Planner::State::train_in_pieces() {
   }
   const bool forwarded = training.backward_slices_left() > 0;
   if (forwarded || plan_forward(alone, limit)) plan_backward(limit, !forwarded);
-  if (training.composed() && !training.has_chunk()) training.drop_composition();
 }
 
 // Whole examples, as many as fit.
@@ -306,7 +317,10 @@ StepWork Planner::State::work_of(const Plan& plan, const StepOutcome& outcome) c
       work.train_pairs += piece.pairs * share;
       work.slices += forward_ran;
     }
-    if (!cut || forward_done) gradients += piece.heads;
+    // Of a chunk in slices: the head chunks that its slices behind the layers were.
+    const auto heads_by = [&](int32_t slice) { return std::clamp((slice - layers) * kHeadSlice, 0, piece.heads); };
+    const bool all = !cut || (forward_done && outcome.forward_slices >= 0);
+    gradients += (all ? piece.heads : heads_by(from + forward_ran)) - (cut ? heads_by(from) : 0);
   }
   work.add_forward(rows);
   work.head_rows = samples + losses + gradients;

@@ -99,6 +99,8 @@ struct Planner::State {
 
   // ---- training in pieces
   void train_in_pieces();
+  void plan_pieces();
+  int64_t rows_held() const;
   void evaluate();
   bool plan_forward(bool alone, double limit);  // true: with this step all rows of the micro-batch are forwarded
   void plan_backward(double limit, bool forward_planned);

@@ -32,12 +32,14 @@ Plan Planner::State::plan(const StepBudget& budget) {
   survey();
   set_time(budget);
   serve_overdue();
+  const int64_t held = rows_held();
+  limits.rows_left -= held;
   if (limits.rows_left > 0) {
     serve_decodes();
-
     serve_prompts();
     unblock_prompt();
   }
+  limits.rows_left += held;
   if (config.slice_rows == 0) {
     training.run_backward(limits);
     training.serve(limits);
