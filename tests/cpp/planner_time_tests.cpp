@@ -1,5 +1,5 @@
-// The planner with time: training in pieces, steps filled to a goal by the cost model, deadlines, shares by weight. A step is played
-// by predicting what was planned; nothing is computed.
+// The planner with time: training in pieces, steps filled to a goal by the cost model, deadlines, shares by weight. A step is
+// played by predicting what was planned; nothing is computed.
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -42,9 +42,9 @@ class Player {
  public:
   Player(Planner& planner, const CostModel& cost) : planner_(planner), cost_(cost) {}
   double now = 0;
-  std::map<int64_t, int64_t> left;                                      // tokens of each request
-  std::map<int64_t, double> arrived, first, last, made;                 // of each request
-  std::map<int64_t, int64_t> trained_rows;                              // by adapter
+  std::map<int64_t, int64_t> left;                       // tokens of each request
+  std::map<int64_t, double> arrived, first, last, made;  // of each request
+  std::map<int64_t, int64_t> trained_rows;               // by adapter
   std::vector<int64_t> completed;
   int64_t over = 0, steps = 0;
 
@@ -186,8 +186,8 @@ TEST(shares_follow_weights) {
       planner.set_version(adapter, p.completed[i]);
     }
   }
-  // A barrier ends each job here, so an adapter has at most one job in a micro-batch; shares are what weights ask for while there is
-  // a choice: over many micro-batches the heavier never gets less than the lighter.
+  // A barrier ends each job here, so an adapter has at most one job in a micro-batch; shares are what weights ask for while there
+  // is a choice: over many micro-batches the heavier never gets less than the lighter.
   std::cout << "rows " << p.trained_rows[1] << " " << p.trained_rows[2] << " " << p.trained_rows[3] << "\n";
   CHECK(p.trained_rows[1] > 0);
   CHECK(p.trained_rows[2] >= p.trained_rows[1] * 9 / 10);
