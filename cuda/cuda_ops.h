@@ -15,6 +15,7 @@
 
 #include "core/memory.h"
 #include "ops/ops.h"
+#include "ops/workspace.h"
 
 namespace loquetier::cuda {
 
@@ -63,6 +64,8 @@ class Scratch {
  public:
   explicit Scratch(CudaDevice& device) : device_(device) {}
   void* get(size_t bytes);
+  void reserve(size_t bytes);
+  size_t bytes() const { return buffer_.bytes(); }
 
  private:
   CudaDevice& device_;
@@ -78,6 +81,10 @@ class CudaOps final : public Ops {
 
   Device& device() override { return device_; }
   DType compute_dtype() const override { return dtype_; }
+
+  size_t workspace_need(const OpsLimits& limits) const override { return cuda_workspace(limits, deterministic_).total(); }
+  void reserve(const OpsLimits& limits) override;
+  size_t workspace_bytes() const override;
 
   void embedding(const int32_t* ids, TensorView table, TensorView y) override;
   void gather_rows(TensorView x, const int32_t* index, TensorView y) override;

@@ -152,12 +152,15 @@ size_t CudaDevice::free_bytes() const {
 }
 
 void* Scratch::get(size_t bytes) {
-  if (bytes > buffer_.bytes()) {
-    device_.synchronize();  // work under way may still use the old block
-    buffer_ = Buffer();
-    buffer_ = Buffer(device_, bytes + bytes / 4);
-  }
+  if (bytes > buffer_.bytes()) reserve(bytes + bytes / 4);
   return buffer_.data();
+}
+
+void Scratch::reserve(size_t bytes) {
+  if (bytes <= buffer_.bytes()) return;
+  device_.synchronize();  // work under way may still use the old block
+  buffer_ = Buffer();
+  buffer_ = Buffer(device_, bytes);
 }
 
 }  // namespace loquetier::cuda

@@ -18,7 +18,6 @@ namespace loquetier::cuda {
 
 namespace {
 
-constexpr size_t kBlasWorkspace = size_t{32} << 20;  // what cuBLAS recommends for Hopper
 constexpr int64_t kDeterministicRows = 2048;
 constexpr int64_t kFillRows = 512;   // adapter rows from which on the expand goes before the base product
 constexpr int64_t kBranchTiles = 8;  // tiles of 16 rows up to which the shrink goes beside it
@@ -105,6 +104,17 @@ CudaOps::~CudaOps() {
   cudaEventDestroy(branch_.join);
   cudaStreamDestroy(branch_.stream);
   if (blas_ != nullptr) cublasLtDestroy(blas_);
+}
+
+void CudaOps::reserve(const OpsLimits& limits) {
+  const CudaWorkspace bytes = cuda_workspace(limits, deterministic_);
+  attention_scratch_.reserve(bytes.attention);
+  sample_scratch_.reserve(bytes.sample);
+  norm_scratch_.reserve(bytes.norm);
+}
+
+size_t CudaOps::workspace_bytes() const {
+  return blas_workspace_.bytes() + attention_scratch_.bytes() + sample_scratch_.bytes() + norm_scratch_.bytes();
 }
 
 // y^T = op(w) x^T for `rows` columns of x^T; key.rows is already the bucket.

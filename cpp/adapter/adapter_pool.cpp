@@ -106,14 +106,16 @@ struct AdapterPool::State {
 
   // ---- residency
 
-  LoraSite* take_table() {
-    if (free_tables.empty()) {
-      const size_t stride = align(table_bytes);
-      slabs.emplace_back(device, stride * kTablesPerSlab);
-      for (size_t i = kTablesPerSlab; i-- > 0;) {
-        free_tables.push_back(reinterpret_cast<LoraSite*>(static_cast<std::byte*>(slabs.back().data()) + i * stride));
-      }
+  void add_slab(size_t tables) {
+    const size_t stride = align(table_bytes);
+    slabs.emplace_back(device, stride * tables);
+    for (size_t i = tables; i-- > 0;) {
+      free_tables.push_back(reinterpret_cast<LoraSite*>(static_cast<std::byte*>(slabs.back().data()) + i * stride));
     }
+  }
+
+  LoraSite* take_table() {
+    if (free_tables.empty()) add_slab(kTablesPerSlab);
     LoraSite* table = free_tables.back();
     free_tables.pop_back();
     return table;
@@ -224,6 +226,13 @@ struct AdapterPool::State {
 AdapterPool::AdapterPool(Ops& ops, size_t bytes) : state_(std::make_shared<State>(ops, bytes)) {}
 AdapterPool::~AdapterPool() { state_->close(); }
 
+void AdapterPool::reserve_tables(size_t count, size_t table_bytes) {
+  State& s = *state_;
+  const std::lock_guard lock(s.mutex);
+  if (s.table_bytes == 0) s.table_bytes = table_bytes;
+  if (s.free_tables.size() < count) s.add_slab(count - s.free_tables.size());
+}
+
 std::shared_ptr<AdapterWeights> AdapterPool::add(std::shared_ptr<const AdapterLayout> layout, const float* flat, int64_t version) {
   State& s = *state_;
   require(layout != nullptr && flat != nullptr, "[adapter pool] add: expected a layout and values, got none");
@@ -329,6 +338,14 @@ std::vector<float> AdapterPool::read(const AdapterWeights& weights) const {
   }
   convert_elements(source, s.dtype, values.data(), DType::f32, weights.layout_->elements);
   return values;
+}
+
+size_t AdapterPool::tables_bytes(size_t count, size_t table_bytes) { return count * align(table_bytes); }
+size_t AdapterPool::tables_bytes() const {
+  const std::lock_guard lock(state_->mutex);
+  size_t bytes = 0;
+  for (const Buffer& slab : state_->slabs) bytes += slab.bytes();
+  return bytes;
 }
 
 size_t AdapterPool::capacity() const { return state_->capacity; }

@@ -22,6 +22,11 @@ class AdapterPool {
   AdapterPool(const AdapterPool&) = delete;
   AdapterPool& operator=(const AdapterPool&) = delete;
 
+  // Makes room for the site tables of so many resident adapters; more come when needed.
+  void reserve_tables(size_t count, size_t table_bytes);
+  static size_t tables_bytes(size_t count, size_t table_bytes);
+  size_t tables_bytes() const;  // held now
+
   // New weights in the host tier, rounded to the compute dtype. `flat` as AdapterLayout::flatten. OutOfMemory when one version
   // alone exceeds the pool.
   std::shared_ptr<AdapterWeights> add(std::shared_ptr<const AdapterLayout> layout, const float* flat, int64_t version);

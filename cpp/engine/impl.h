@@ -63,7 +63,7 @@ struct Core {
   JobTable jobs;
   Blob metadata[2];
   Blob results;
-  Buffer saved_storage, scratch_storage;  // grown when a step needs more than any before it
+  Buffer saved_storage, scratch_storage;  // reserved at start; where memory is the host's, grown when a step needs more
   std::optional<MicroBatch> micro;
   bool committed = false;      // the planner was told that the current plan was computed
   StepResult events;           // not yet handed out
@@ -84,6 +84,7 @@ struct Engine::Impl {
   std::string device_name;
   Limits limits;
   Recompute recompute = Recompute::none;
+  MemoryPlan memory;
 
   // ---- front
   mutable std::mutex front;
@@ -107,6 +108,10 @@ struct Engine::Impl {
   StepBudget budget;                             // no limit; tests cut backward at random places
   std::function<void(const char* phase)> probe;  // called between phases; tests throw from it
 
+  // memory (engine.cpp)
+  void reserve(const OpsLimits& most);
+  std::unique_ptr<TrainState> new_train_state(const AdapterRecord& record, const float* master) const;  // step lock held
+
   // submission (engine.cpp)
   void require_usable() const;                                              // front held
   AdapterPtr find(const std::string& name) const;                           // front held; null for ""
@@ -128,6 +133,7 @@ struct Engine::Impl {
 
   // the step (step.cpp)
   StepResult step();
+  void fail(const DeviceError& error);
   void take_in();
   void take_in(Request&& request);
   void take_in(Job&& job);
@@ -156,6 +162,11 @@ struct Engine::Impl {
 // For tests: the inside of an engine.
 struct EngineAccess {
   static Engine::Impl& impl(Engine& engine) { return *engine.impl_; }
+  // An engine over a backend of the test's own.
+  static std::unique_ptr<Engine> make(std::shared_ptr<const BaseModel> model, EngineOptions options, std::shared_ptr<Ops> ops) {
+    return std::unique_ptr<Engine>(
+        new Engine(std::make_unique<Engine::Impl>(std::move(model), std::move(options), std::move(ops))));
+  }
 };
 
 }  // namespace loquetier

@@ -38,16 +38,18 @@ StepResult Engine::Impl::step() {
     require_usable();
   }
   const auto begin = std::chrono::steady_clock::now();
-  take_in();
+  try {
+    take_in();
+  } catch (const DeviceError& error) {
+    fail(error);
+    throw;
+  }
   const Plan plan = core->planner.plan(budget);
   if (!plan.empty()) {
     try {
       run(plan);
     } catch (const DeviceError& error) {
-      {
-        std::lock_guard guard(front);
-        failure = error.what();
-      }
+      fail(error);
       if (!core->committed) core->planner.abort(plan);  // nothing else: the device answers no more, and no step follows
       publish();
       throw;
@@ -64,6 +66,11 @@ StepResult Engine::Impl::step() {
   StepResult result = std::exchange(core->events, {});
   publish();
   return result;
+}
+
+void Engine::Impl::fail(const DeviceError& error) {
+  std::lock_guard guard(front);
+  failure = error.what();
 }
 
 // ---------------------------------------------------------------- the inbox
@@ -101,6 +108,19 @@ void Engine::Impl::take_in(Job&& job) {
     core->jobs.emplace(id, std::move(job));
     finish_job(id, "cancelled");
     return;
+  }
+  if (job.train && !job.adapter->train) {
+    AdapterRecord& a = *job.adapter;
+    try {
+      a.train = new_train_state(a, master_values(a).data());
+    } catch (const OutOfMemory& error) {
+      const int64_t id = job.id;
+      core->jobs.emplace(id, std::move(job));
+      finish_job(id, concat("error: ", error.what()));
+      return;
+    }
+    a.exact = {};
+    core->stats.training_state_bytes += static_cast<int64_t>(a.train->bytes());
   }
   JobSpec spec;
   spec.id = job.id;
@@ -178,15 +198,6 @@ void Engine::Impl::run(const Plan& plan) {
   c.pool.pin(pinned);
   Finally unpin([&] { c.pool.unpin(pinned); });
 
-  for (const Segment& s : plan.segments) {
-    if (s.kind != Kind::train) continue;
-    AdapterRecord& a = *c.adapters.at(s.adapter);
-    if (a.train) continue;
-    a.train = std::make_unique<TrainState>(*c.ops, a.layout, master_values(a).data());
-    a.exact = {};
-    c.stats.training_state_bytes += static_cast<int64_t>(a.train->bytes());
-  }
-
   const int blob = c.micro ? 1 - c.micro->blob : 0;
   const StepContext context{c.model.config(), c.planner, c.adapters, c.requests, c.jobs, weights, options.page_size};
   StepBatch batch = build_step(plan, context, c.metadata[blob], c.results);
@@ -215,12 +226,12 @@ void Engine::Impl::run(const Plan& plan) {
   if (batch.updates.job_count > 0) {
     c.ops->grad_norm(batch.updates, batch.norms.device);
     for (int64_t id : batch.update_jobs) {
-      // Requests that pinned the version about to be overwritten keep a copy of it in the host tier.
+      // Requests that pinned the version about to be overwritten keep a copy of it.
       AdapterRecord& a = *c.jobs.at(id).adapter;
       std::shared_ptr<AdapterWeights> old;
       for (auto& [request_id, request] : c.requests) {
         if (request.pinned != a.weights) continue;
-        if (!old) old = c.pool.add(a.layout, c.pool.read(*a.weights).data(), a.weights->version());
+        if (!old) old = c.pool.copy(a.weights, a.weights->version());
         request.pinned = old;
       }
     }
@@ -255,11 +266,13 @@ void Engine::Impl::refresh_micro_batch() {
   MicroBatch& micro = *core->micro;
   // The host copy of the groups lies in this engine's own block, which is const only for those who read the batch.
   auto* groups = const_cast<LoraGroup*>(micro.view.train_groups.host_groups);
+  bool moved = false;
   for (size_t g = 0; g < micro.weights.size(); ++g) {
+    moved |= groups[g].sites != micro.weights[g]->device_sites();
     groups[g].sites = micro.weights[g]->device_sites();
     groups[g].host_sites = micro.weights[g]->host_sites();
   }
-  core->metadata[micro.blob].upload();
+  if (moved) core->metadata[micro.blob].upload();
 }
 
 void Engine::Impl::run_backward(int32_t layers) {
@@ -461,7 +474,12 @@ void Engine::Impl::publish() {
   s.adapter_evictions = c.pool.evictions();
   s.adapter_fetches = c.pool.fetches();
   s.adapter_pool_used = static_cast<int64_t>(c.pool.used());
-  s.arena_bytes = static_cast<int64_t>(c.saved_storage.bytes() + c.scratch_storage.bytes());
+  s.saved_bytes = static_cast<int64_t>(c.saved_storage.bytes());
+  s.scratch_bytes = static_cast<int64_t>(c.scratch_storage.bytes());
+  s.metadata_bytes = static_cast<int64_t>(c.metadata[0].device_bytes() + c.metadata[1].device_bytes() + c.results.device_bytes() +
+                                          c.pool.tables_bytes());
+  s.workspace_bytes = static_cast<int64_t>(c.ops->workspace_bytes());
+  s.arena_bytes = s.saved_bytes + s.scratch_bytes;
   std::lock_guard guard(front);
   published = s;
   const StepResult& e = c.events;

@@ -35,7 +35,8 @@ class Builder {
   StepBatch build(Blob& in, Blob& out) {
     gather_heads();
     gather_updates();
-    in.begin(metadata_bytes());
+    const BatchCounts n = counts();
+    in.begin(metadata_bytes(n));
     view().rows = plan_.total_rows();
     view().train_rows = plan_.rows[0];
     view().packed_rows = plan_.rows[0] + plan_.rows[1];
@@ -45,6 +46,7 @@ class Builder {
     pack_groups(in);
     pack_heads(in);
     pack_updates(in);
+    out.begin(results_bytes(n));
     carve_results(out);
     return std::move(step_);
   }
@@ -160,20 +162,22 @@ class Builder {
 
   // ---- packing
 
-  size_t metadata_bytes() const {
-    const size_t rows = static_cast<size_t>(plan_.total_rows()), segments = plan_.segments.size(), heads = heads_.refs.size();
-    size_t pages = 0;
+  BatchCounts counts() const {
+    BatchCounts n;
+    n.rows = static_cast<size_t>(plan_.total_rows());
+    n.segments = plan_.segments.size();
     for (const Segment& s : plan_.segments) {
-      if (!packed(s)) pages = std::max(pages, context_.planner.pages(s.id).size());
+      if (packed(s)) continue;
+      n.paged += 1;
+      n.pages = std::max(n.pages, context_.planner.pages(s.id).size());
     }
-    const size_t chunks = heads / static_cast<size_t>(kHeadChunk) + 4;
-    size_t bytes = rows * (3 * sizeof(int32_t) + sizeof(uint64_t));
-    bytes += segments * (12 * sizeof(int32_t) + pages * sizeof(int32_t) + 3 * sizeof(LoraGroup) + sizeof(SampleRow));
-    bytes += (segments + chunks) * sizeof(LoraGroup);
-    bytes += heads * (sizeof(int32_t) + sizeof(LossRow) + sizeof(uint64_t));
-    bytes += (sampling_.history.size() + sampling_.bias_ids.size() * 2 + sampling_.forbidden.size()) * sizeof(int32_t);
-    bytes += adam_tensors_.size() * sizeof(AdamTensor) + adam_jobs_.size() * sizeof(AdamJob);
-    return bytes + 64 * (40 + chunks);  // alignment of each array
+    n.heads = heads_.refs.size();
+    n.samples = sampling_.rows.size();
+    n.words = sampling_.history.size() + sampling_.bias_ids.size() * 2 + sampling_.forbidden.size();
+    n.adam_tensors = adam_tensors_.size();
+    n.adam_jobs = adam_jobs_.size();
+    n.top_columns = static_cast<size_t>(step_.top_columns);
+    return n;
   }
 
   void pack_rows(Blob& in) {
@@ -383,7 +387,6 @@ class Builder {
   void carve_results(Blob& out) {
     const auto heads = static_cast<size_t>(view().head_count), samples = sampling_.rows.size(),
                columns = static_cast<size_t>(step_.top_columns);
-    out.begin(heads * 12 + samples * columns * 8 + step_.update_jobs.size() * 4 + 64 * 8);
     step_.logprob = out.take<float>(heads);
     step_.loss = out.take<float>(heads);
     step_.sampled = out.take<int32_t>(heads);
@@ -410,6 +413,35 @@ class Builder {
 };
 
 }  // namespace
+
+size_t metadata_bytes(const BatchCounts& n) {
+  const size_t chunks = n.heads / static_cast<size_t>(kHeadChunk) + 4;
+  size_t bytes = n.rows * (3 * sizeof(int32_t) + sizeof(uint64_t));
+  bytes += n.segments * (12 * sizeof(int32_t) + 3 * sizeof(LoraGroup)) + n.paged * n.pages * sizeof(int32_t);
+  bytes += (n.segments + chunks) * sizeof(LoraGroup) + n.samples * sizeof(SampleRow);
+  bytes += n.heads * (sizeof(int32_t) + sizeof(LossRow) + sizeof(uint64_t)) + n.words * sizeof(int32_t);
+  bytes += n.adam_tensors * sizeof(AdamTensor) + n.adam_jobs * sizeof(AdamJob);
+  return bytes + 64 * (40 + chunks);  // alignment of each array
+}
+
+size_t results_bytes(const BatchCounts& n) {
+  return n.heads * 3 * sizeof(float) + n.samples * n.top_columns * 2 * sizeof(float) + n.adam_jobs * sizeof(float) + 64 * 8;
+}
+
+BatchCounts most_counts(int64_t rows, int64_t sequences, int64_t pages, int64_t train_rows) {
+  constexpr size_t kWordsPerSequence = 2048, kUpdates = 1024, kTopColumns = 20;
+  const auto decodes = static_cast<size_t>(std::min(rows, sequences));
+  BatchCounts n;
+  n.rows = n.heads = static_cast<size_t>(rows);
+  n.segments = static_cast<size_t>(rows);
+  n.paged = n.samples = decodes;
+  n.pages = static_cast<size_t>(pages);
+  n.words = decodes * kWordsPerSequence;
+  n.adam_jobs = std::min(static_cast<size_t>(train_rows), kUpdates);
+  n.adam_tensors = 2 * n.adam_jobs;
+  n.top_columns = kTopColumns;
+  return n;
+}
 
 StepBatch build_step(const Plan& plan, const StepContext& context, Blob& in, Blob& out) {
   return Builder(plan, context).build(in, out);

@@ -49,6 +49,23 @@ struct StepBatch {
   Both<float> norms;  // [update_jobs]
 };
 
+// How much of everything a step has; what its tables take is a function of that, so that they can be reserved by their maxima.
+struct BatchCounts {
+  size_t rows = 0;
+  size_t segments = 0;
+  size_t paged = 0;  // segments with pages
+  size_t pages = 0;  // most of one of them
+  size_t heads = 0;
+  size_t samples = 0;
+  size_t words = 0;  // int32 of sampling: histories, biases, forbidden tokens
+  size_t adam_tensors = 0, adam_jobs = 0;
+  size_t top_columns = 0;
+};
+size_t metadata_bytes(const BatchCounts& counts);
+size_t results_bytes(const BatchCounts& counts);
+// The most that steps have, but for the words: long histories under penalties and large bias maps may need more than is foreseen.
+BatchCounts most_counts(int64_t rows, int64_t sequences, int64_t pages, int64_t train_rows);
+
 // Fills `in` (metadata, not yet uploaded) and carves `out` (results).
 StepBatch build_step(const Plan& plan, const StepContext& context, Blob& in, Blob& out);
 

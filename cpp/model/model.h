@@ -72,6 +72,11 @@ class Model {
   // Scratch bytes that forward, heads and backward need for such a step (counting mode of the same carving).
   size_t scratch_bytes(int64_t rows, int64_t train_rows, int64_t head_rows, int64_t rank, Recompute recompute) const;
   size_t saved_bytes(int64_t rows, int64_t train_rows, int64_t rank, Recompute recompute) const;
+  // The same of a model that is not there.
+  static size_t scratch_bytes(const ModelConfig& config, DType dtype, int64_t rows, int64_t train_rows, int64_t head_rows,
+                              int64_t rank, Recompute recompute);
+  static size_t saved_bytes(const ModelConfig& config, DType dtype, int64_t rows, int64_t train_rows, int64_t rank,
+                            Recompute recompute);
 
   // Runs every layer over all rows, then the heads of every chunk: outputs of BatchView are written. With training rows, `saved` is
   // carved from saved_arena, its dx holds the gradient of final_x after this call, and lm_head's gradients are in. Without, `saved`

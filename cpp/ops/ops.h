@@ -212,11 +212,28 @@ struct AdamBatch {
 
 // ---------------------------------------------------------------- the operations
 
+// The most that an engine will ask of a backend in one step.
+struct OpsLimits {
+  int64_t rows = 0;
+  int64_t train_rows = 0;
+  int64_t sequences = 0;
+  int64_t vocabulary = 0;
+  int64_t max_positions = 0;
+  int32_t q_heads = 0;
+  int32_t head_size = 0;
+};
+
 class Ops {
  public:
   virtual ~Ops() = default;
   virtual Device& device() = 0;
   virtual DType compute_dtype() const = 0;  // C
+
+  // Device memory of the backend's own: libraries' workspaces and kernels' scratch. reserve() allocates what steps within the
+  // limits need, so that none of them does (what a library asks for beyond the estimate is allocated at its first use).
+  virtual size_t workspace_need(const OpsLimits&) const { return 0; }
+  virtual void reserve(const OpsLimits&) {}
+  virtual size_t workspace_bytes() const { return 0; }  // held now
 
   // y[t] = table[ids[t]].                                     ids [T] i32 device; table [V, H] C; y [T, H] C
   virtual void embedding(const int32_t* ids, TensorView table, TensorView y) = 0;

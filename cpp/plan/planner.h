@@ -28,6 +28,7 @@ namespace loquetier {
 
 struct PlannerConfig {
   int64_t max_batch_tokens = 8192;
+  int64_t max_train_tokens = -1;  // rows of a step that has training rows; < 0: max_batch_tokens
   int64_t max_sequences = 256;
   int64_t kv_pages = 0;
   int32_t page_size = 16;

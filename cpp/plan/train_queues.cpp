@@ -113,12 +113,13 @@ TrainQueues::Take TrainQueues::take(TrainQueue& queue, StepLimits& limits, bool 
   if (!job || (job->train && !may_train())) return Take::nothing;
   const int32_t example = job->next + job->taken;
   const int32_t rows = job->rows[static_cast<size_t>(example)];
-  if (rows > limits.rows_left || !limits.fits(*queue.adapter->newest)) {
+  if (rows > limits.rows_left || (job->train && rows > limits.train_rows_left) || !limits.fits(*queue.adapter->newest)) {
     queue.missed = true;
     return Take::no_room;
   }
   if (!on_credit && rows > queue.plan_deficit) return Take::no_credit;
   limits.claim(*queue.adapter->newest);
+  if (job->train) limits.begin_training();
   limits.take_rows(rows);
   taken_.push_back({job, example});
   ++job->taken;

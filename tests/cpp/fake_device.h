@@ -59,6 +59,11 @@ class FakeDevice : public Device {
     const std::lock_guard lock(mutex_);
     return blocks_.size();
   }
+  size_t used() const {  // of device memory
+    const std::lock_guard lock(mutex_);
+    return used_;
+  }
+  int64_t allocated = 0;    // device and host allocations so far
   size_t largest_host = 0;  // largest host allocation so far
   int64_t uploads = 0, downloads = 0, moves = 0;
 
@@ -73,6 +78,7 @@ class FakeDevice : public Device {
     void* data = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
     std::memset(data, 0xFF, bytes);
     blocks_[data] = {bytes, device};
+    ++allocated;
     if (device) used_ += bytes;
     else largest_host = std::max(largest_host, bytes);
     return data;
