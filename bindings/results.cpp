@@ -232,6 +232,7 @@ void bind_stats(py::module_& m) {
       .field("resident_adapters", &S::resident_adapters)
       .field("adapter_evictions", &S::adapter_evictions)
       .field("adapter_fetches", &S::adapter_fetches)
+      .field("adapter_prefetches", &S::adapter_prefetches)
       .field("kv_pages", &S::kv_pages)
       .field("kv_pages_free", &S::kv_pages_free)
       .field("kv_pages_cached", &S::kv_pages_cached)

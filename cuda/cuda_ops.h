@@ -36,6 +36,11 @@ class CudaDevice final : public Device {
   void copy_on_device(void* dst, const void* src, size_t bytes) override;
   void zero(void* dst, size_t bytes) override;
   void synchronize() override;
+  void side_copy_to_device(void* dst, const void* host, size_t bytes) override;
+  void side_follow() override;
+  uint64_t side_mark() override;
+  void wait_for_side(uint64_t mark) override;
+  void side_synchronize() override;
   size_t free_bytes() const override;
   bool host_addressable() const override { return false; }
 
@@ -47,6 +52,12 @@ class CudaDevice final : public Device {
   int index_ = 0;
   int processors_ = 0;
   cudaStream_t stream_ = nullptr;
+  // Marks of the side queue in a ring: a mark whose event was recorded again is behind the newer one, which is waited for instead.
+  static constexpr uint64_t kMarks = 64;
+  cudaStream_t side_ = nullptr;
+  cudaEvent_t followed_ = nullptr;  // the point of the stream that the side queue waits for
+  cudaEvent_t marks_[kMarks] = {};
+  uint64_t last_mark_ = 0;
 };
 
 // One product of cuBLASLt: what decides the algorithm. Rows are rounded up to a bucket, so nearby batch sizes share an entry.

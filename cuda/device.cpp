@@ -81,11 +81,18 @@ CudaDevice::CudaDevice(int index) : index_(index) {
                        "): expected compute capability 9.0 (Hopper), got ", properties.major, ".", properties.minor);
   processors_ = properties.multiProcessorCount;
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  check(cudaEventCreateWithFlags(&followed_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  for (cudaEvent_t& event : marks_) check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
 }
 
 CudaDevice::~CudaDevice() {
   cudaSetDevice(index_);
+  cudaStreamSynchronize(side_);
   cudaStreamSynchronize(stream_);
+  for (const cudaEvent_t event : marks_) cudaEventDestroy(event);
+  cudaEventDestroy(followed_);
+  cudaStreamDestroy(side_);
   cudaStreamDestroy(stream_);
 }
 
@@ -143,6 +150,29 @@ void CudaDevice::zero(void* dst, size_t bytes) {
 }
 
 void CudaDevice::synchronize() { check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"); }
+
+void CudaDevice::side_copy_to_device(void* dst, const void* host, size_t bytes) {
+  if (bytes > 0) check(cudaMemcpyAsync(dst, host, bytes, cudaMemcpyHostToDevice, side_), "cudaMemcpyAsync(to device, beside)");
+}
+
+void CudaDevice::side_follow() {
+  use();
+  check(cudaEventRecord(followed_, stream_), "cudaEventRecord");
+  check(cudaStreamWaitEvent(side_, followed_), "cudaStreamWaitEvent");
+}
+
+uint64_t CudaDevice::side_mark() {
+  use();
+  ++last_mark_;
+  check(cudaEventRecord(marks_[last_mark_ % kMarks], side_), "cudaEventRecord");
+  return last_mark_;
+}
+
+void CudaDevice::wait_for_side(uint64_t mark) {
+  if (mark > 0) check(cudaStreamWaitEvent(stream_, marks_[mark % kMarks]), "cudaStreamWaitEvent");
+}
+
+void CudaDevice::side_synchronize() { check(cudaStreamSynchronize(side_), "cudaStreamSynchronize"); }
 
 size_t CudaDevice::free_bytes() const {
   const CurrentDevice current(index_);

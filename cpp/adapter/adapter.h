@@ -66,6 +66,7 @@ class AdapterWeights {
   std::vector<LoraSite> host_sites_;
   Buffer host_block_;          // host tier, compute dtype; allocated when first needed
   bool host_current_ = false;  // host_block_ holds the newest values
+  uint64_t arrives_ = 0;       // mark of the side queue behind the copy that fills device_block_; 0: the stream has waited for it
   size_t offset_ = 0;          // in the pool, while resident
   int pins_ = 0;               // in use: never evicted
   uint64_t last_used_ = 0;

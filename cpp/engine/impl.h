@@ -142,6 +142,7 @@ struct Engine::Impl {
   void forget_if_unused(const AdapterPtr& adapter);
   void run(const Plan& plan);
   WeightTableOfStep weights_of(const Plan& plan);
+  void prefetch();
   void begin_micro_batch(const Plan& plan, const StepBatch& batch, int blob, const WeightTableOfStep& weights);
   void refresh_micro_batch();
   void run_backward(int32_t layers);

@@ -60,9 +60,7 @@ size_t table_slots(const EngineOptions& options) {
   return kLeast + 2 * static_cast<size_t>(options.max_sequences);
 }
 
-Recompute recompute_of(const EngineOptions& options) {
-  return options.recompute == "layer" ? Recompute::layer : Recompute::none;
-}
+Recompute recompute_of(const EngineOptions& options) { return options.recompute == "layer" ? Recompute::layer : Recompute::none; }
 
 OpsLimits ops_limits(const ModelConfig& config, const EngineOptions& options) {
   return {.rows = options.max_batch_tokens,
@@ -117,7 +115,8 @@ MemoryPlan plan_memory(const ModelConfig& config, const EngineOptions& options, 
     pages = asked.value_or(std::clamp<int64_t>(plan.budget_bytes / static_cast<int64_t>(kLazyKvShare) / page, 1, useful));
     plan.adapter_pool_bytes = options.adapter_pool_bytes.value_or(plan.budget_bytes / static_cast<int64_t>(kPoolShare));
     plan.metadata_bytes = size(tables_bytes(config, options, pages));
-    plan.training_state_bytes = std::max<int64_t>(0, plan.budget_bytes - plan.weight_bytes - pages * page - plan.adapter_pool_bytes);
+    plan.training_state_bytes =
+        std::max<int64_t>(0, plan.budget_bytes - plan.weight_bytes - pages * page - plan.adapter_pool_bytes);
   } else {
     const int64_t fixed = plan.weight_bytes + plan.scratch_bytes + plan.saved_bytes + plan.workspace_bytes;
     // The tables depend on the pages, which depend on what the tables leave: from above, once.
@@ -158,8 +157,10 @@ std::string MemoryPlan::table() const {
   line("budget", budget_bytes, at_start ? "of it, taken at start" : "of it, taken as steps need it");
   line("weights", weight_bytes, "");
   line("kv", kv_bytes, concat(kv_tokens, " tokens"));
-  line("adapter pool", adapter_pool_bytes, concat(adapters, " adapters of rank ", rank, " on all linears, ", adapter_bytes, " bytes each"));
-  line("saved", saved_bytes, max_train_tokens > 0 ? concat("activations of ", max_train_tokens, " training rows") : "training is off");
+  line("adapter pool", adapter_pool_bytes,
+       concat(adapters, " adapters of rank ", rank, " on all linears, ", adapter_bytes, " bytes each"));
+  line("saved", saved_bytes,
+       max_train_tokens > 0 ? concat("activations of ", max_train_tokens, " training rows") : "training is off");
   line("scratch", scratch_bytes, "activations of one step");
   line("metadata", metadata_bytes, "a step's tables and results, the same again in pinned host memory");
   line("workspace", workspace_bytes, "libraries and kernels");

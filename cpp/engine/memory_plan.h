@@ -23,13 +23,13 @@ struct MemoryFacts {
   DType dtype = DType::f32;
   bool host_addressable = true;
   size_t free_bytes = 0;
-  size_t workspace_bytes = 0;   // that the backend will hold (Ops::workspace_need); counted into free_bytes where it is held already
+  size_t workspace_bytes = 0;  // that the backend will hold (Ops::workspace_need); counted into free_bytes where it is held already
   bool weights_placed = false;  // another engine's placement is shared
 };
 
-int64_t train_tokens(const EngineOptions& options);           // rows of a step with training rows
-int64_t stacked_rank(const EngineOptions& options);           // columns of S that a step may need
-size_t table_slots(const EngineOptions& options);             // adapters whose site tables have room from the start
+int64_t train_tokens(const EngineOptions& options);  // rows of a step with training rows
+int64_t stacked_rank(const EngineOptions& options);  // columns of S that a step may need
+size_t table_slots(const EngineOptions& options);    // adapters whose site tables have room from the start
 OpsLimits ops_limits(const ModelConfig& config, const EngineOptions& options);
 size_t weight_bytes(const ModelConfig& config, DType dtype);  // as a device backend places them
 Recompute recompute_of(const EngineOptions& options);

@@ -238,9 +238,22 @@ void Engine::Impl::run(const Plan& plan) {
     c.ops->adamw(batch.updates, batch.norms.device);
   }
   mark("optimizer");
+  prefetch();
   c.results.download();
   mark("downloaded");
   collect(plan, batch);
+}
+
+// Fetches adapters that the next steps will want while this one computes.
+void Engine::Impl::prefetch() {
+  constexpr size_t kAhead = 4;
+  Core& c = *core;
+  std::vector<std::shared_ptr<AdapterWeights>> next;
+  for (const AdapterUse& use : c.planner.upcoming_adapters(kAhead)) {
+    const auto& newest = c.adapters.at(use.adapter)->weights;
+    if (newest->version() == use.version) next.push_back(newest);
+  }
+  if (!next.empty()) c.pool.prefetch(next);
 }
 
 void Engine::Impl::begin_micro_batch(const Plan& plan, const StepBatch& batch, int blob, const WeightTableOfStep& weights) {
@@ -473,6 +486,7 @@ void Engine::Impl::publish() {
   s.resident_adapters = c.pool.resident_count();
   s.adapter_evictions = c.pool.evictions();
   s.adapter_fetches = c.pool.fetches();
+  s.adapter_prefetches = c.pool.prefetches();
   s.adapter_pool_used = static_cast<int64_t>(c.pool.used());
   s.saved_bytes = static_cast<int64_t>(c.saved_storage.bytes());
   s.scratch_bytes = static_cast<int64_t>(c.scratch_storage.bytes());

@@ -103,7 +103,10 @@ class Planner {
 
   std::span<const int32_t> tokens(int64_t request) const;  // prompt and generated
   std::span<const int32_t> pages(int64_t request) const;   // page table, in order of position
-  int32_t pending_backward_layers() const;                 // of the micro-batch in flight, 0: none
+  // Adapters that the next steps will want and this plan does not use, most urgent first, at most `count`: decodes that were passed
+  // over, prompts next in turn, training and evaluation next in turn. May be asked of an open plan.
+  std::vector<AdapterUse> upcoming_adapters(size_t count) const;
+  int32_t pending_backward_layers() const;  // of the micro-batch in flight, 0: none
   bool has_work() const;
   PlannerStats stats() const;
   void check_invariants() const;  // throws std::logic_error; for tests

@@ -66,6 +66,13 @@ class TrainQueues {
   void commit(bool rows_offered, bool layers_offered);
   void abort();
 
+  // The adapters next in turn, training before evaluation, of at most `count` queues.
+  template <class F>
+  void visit_next(size_t count, F visit) const {
+    for (const auto* list : {&training_, &evaluation_}) {
+      for (auto queue = list->begin(); queue != list->end() && count > 0; ++queue, --count) visit(*queue->adapter);
+    }
+  }
   int64_t queued_examples() const { return queued_; }
   int32_t backward_layers_left() const { return micro_.layers_left; }
   bool empty() const { return jobs_.empty() && micro_.layers_left == 0; }

@@ -41,8 +41,7 @@ struct Hosted {
   std::shared_ptr<HostedOps> ops;
   std::unique_ptr<Engine> engine;
   explicit Hosted(const EngineOptions& options, size_t capacity = size_t{64} << 20)
-      : ops(std::make_shared<HostedOps>(capacity)),
-        engine(EngineAccess::make(BaseModel::random(kTinyConfig, 7), options, ops)) {}
+      : ops(std::make_shared<HostedOps>(capacity)), engine(EngineAccess::make(BaseModel::random(kTinyConfig, 7), options, ops)) {}
   Engine* operator->() { return engine.get(); }
 };
 
@@ -102,8 +101,8 @@ Outcome drain(Engine& engine) {
 }
 
 int64_t sum_of_shares(const MemoryPlan& p) {
-  return p.weight_bytes + p.kv_bytes + p.adapter_pool_bytes + p.saved_bytes + p.scratch_bytes + p.metadata_bytes + p.workspace_bytes +
-         p.training_state_bytes;
+  return p.weight_bytes + p.kv_bytes + p.adapter_pool_bytes + p.saved_bytes + p.scratch_bytes + p.metadata_bytes +
+         p.workspace_bytes + p.training_state_bytes;
 }
 
 constexpr int64_t kGib = int64_t{1} << 30;
@@ -223,6 +222,37 @@ TEST(a_device_gives_the_tokens_and_losses_of_the_host) {
   for (size_t i = 0; i < got.second.size(); ++i) CHECK_NEAR(got.second[i], want.second[i], 1e-4);
 }
 
+TEST(adapters_come_ahead_of_need_and_answers_stay_the_same) {
+  auto run = [](const EngineOptions& options, EngineStats* stats) {
+    Hosted hosted(options);
+    std::mt19937 random(8);
+    for (int i = 0; i < 12; ++i) hosted->add_adapter(std::to_string(i), lora(4 + i % 5, static_cast<uint64_t>(i)));
+    for (int i = 0; i < 48; ++i) hosted->submit_infer(tokens(random, 3 + i % 20), infer(std::to_string(random() % 12), 6));
+    for (int i = 0; i < 3; ++i) hosted->add_adapter("learner-" + std::to_string(i), lora(4, static_cast<uint64_t>(i)));
+    for (int i = 0; i < 9; ++i)
+      hosted->submit_train("learner-" + std::to_string(i % 3), examples(static_cast<uint32_t>(i), 2, 12), with_optimizer());
+    std::map<int64_t, std::vector<int32_t>> answers;
+    for (const auto& [id, r] : drain(*hosted.engine).requests) answers[id] = r.token_ids;
+    *stats = hosted->stats();
+    CHECK_EQ(hosted.ops->fake().side_copies, stats->adapter_fetches);
+    return answers;
+  };
+  EngineOptions options = small_options();
+  options.max_sequences = 3;
+  EngineStats wide, narrow;
+  options.adapter_pool_bytes = 4 << 20;
+  const auto want = run(options, &wide);
+  options.adapter_pool_bytes = 320000;  // a few more than a step uses
+  const auto got = run(options, &narrow);
+  CHECK_EQ(want.size(), 48u);
+  CHECK(got == want);
+  CHECK_EQ(wide.adapter_evictions, 0);
+  CHECK(narrow.adapter_evictions > 10);
+  CHECK(narrow.adapter_prefetches > 5);
+  std::printf("%lld fetches, %lld of them ahead, %lld evictions\n", static_cast<long long>(narrow.adapter_fetches),
+              static_cast<long long>(narrow.adapter_prefetches), static_cast<long long>(narrow.adapter_evictions));
+}
+
 TEST(training_state_beyond_its_share_ends_the_job_and_leaves_a_working_engine) {
   EngineOptions options = small_options();
   Hosted probe(options);
@@ -276,7 +306,8 @@ TEST(steps_with_training_rows_stay_within_max_train_tokens) {
   hosted->add_adapter("b", lora(4, 2));
   CHECK_THROWS(InvalidArgument, "max_train_tokens", hosted->submit_train("a", examples(1, 1, 22), with_optimizer()));
   std::mt19937 random(2);
-  for (int i = 0; i < 40; ++i) hosted->submit_infer(tokens(random, 1 + static_cast<int>(random() % 60)), infer(i % 2 ? "a" : "", 10));
+  for (int i = 0; i < 40; ++i)
+    hosted->submit_infer(tokens(random, 1 + static_cast<int>(random() % 60)), infer(i % 2 ? "a" : "", 10));
   std::vector<int64_t> jobs;
   for (int i = 0; i < 10; ++i) jobs.push_back(hosted->submit_train(i % 2 ? "a" : "b", examples(i, 3, 14), with_optimizer()));
   Outcome outcome;
@@ -285,9 +316,9 @@ TEST(steps_with_training_rows_stay_within_max_train_tokens) {
     const EngineStats before = hosted->stats();
     take(outcome, hosted->step());
     const EngineStats after = hosted->stats();
-    const int64_t train = after.train_tokens - before.train_tokens,
-                  others = after.prefill_tokens + after.decode_tokens + after.eval_tokens - before.prefill_tokens - before.decode_tokens -
-                           before.eval_tokens;
+    const int64_t train = after.train_tokens - before.train_tokens, others = after.prefill_tokens + after.decode_tokens +
+                                                                             after.eval_tokens - before.prefill_tokens -
+                                                                             before.decode_tokens - before.eval_tokens;
     if (train > 0) CHECK(train + others <= 20);
     training_steps += train > 0;
   }

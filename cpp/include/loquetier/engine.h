@@ -41,6 +41,7 @@ struct EngineStats {
   int64_t cached_prompt_tokens = 0;                                                  // rows not computed thanks to the prefix cache
   int64_t generated_tokens = 0, optimizer_steps = 0, skipped_updates = 0, preemptions = 0;
   int64_t adapters = 0, resident_adapters = 0, adapter_evictions = 0, adapter_fetches = 0;
+  int64_t adapter_prefetches = 0;  // of the fetches: started in an earlier step than the first use
   int64_t kv_pages = 0, kv_pages_free = 0, kv_pages_cached = 0;
   // Device memory by share, as allocated; training_state_limit: what adapters in training may take (-1: no limit).
   int64_t weight_bytes = 0, kv_bytes = 0, adapter_pool_bytes = 0, adapter_pool_used = 0, saved_bytes = 0, scratch_bytes = 0,

@@ -1,7 +1,7 @@
 // What an engine takes of its device's memory, and what fits in that: computed before start, and the same at start.
 //
-//   loquetier::MemoryPlan plan = loquetier::Engine::plan_memory("path/to/hf-model", {.device = "cuda"}, {.device_bytes = 80LL << 30});
-//   std::cout << plan.table();
+//   loquetier::MemoryPlan plan = loquetier::Engine::plan_memory("path/to/hf-model", {.device = "cuda"}, {.device_bytes = 80LL <<
+//   30}); std::cout << plan.table();
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@ struct MemoryQuery {
 };
 
 struct MemoryPlan {
-  std::string device;       // "cuda:0", "cpu"
-  bool at_start = true;     // false (CPU): memory is taken as steps need it, the shares below are the most of it
+  std::string device;        // "cuda:0", "cpu"
+  bool at_start = true;      // false (CPU): memory is taken as steps need it, the shares below are the most of it
   int64_t device_bytes = 0;  // free before the engine is made
   int64_t budget_bytes = 0;  // memory_fraction of it; the shares add up to it
 
