@@ -92,7 +92,7 @@ std::unique_ptr<PyEngine> make_engine(const ModelLike& model, std::string device
                                       std::optional<int64_t> adapter_pool_bytes, double memory_fraction,
                                       std::optional<int64_t> max_train_tokens, int max_lora_rank, int64_t max_queue,
                                       std::string recompute, bool deterministic, const py::object& latency, uint64_t seed,
-                                      int num_threads, bool prefix_caching, int page_size) {
+                                      int num_threads, bool prefix_caching, int page_size, bool cuda_graphs) {
   if (!latency.is_none()) throw InvalidArgument("Engine latency: expected None; latency targets come in a later version");
   EngineOptions options;
   options.device = std::move(device);
@@ -111,6 +111,7 @@ std::unique_ptr<PyEngine> make_engine(const ModelLike& model, std::string device
   options.num_threads = num_threads;
   options.prefix_caching = prefix_caching;
   options.page_size = page_size;
+  options.cuda_graphs = cuda_graphs;
   auto base = to_model(model, options);
   py::gil_scoped_release release;
   return std::make_unique<PyEngine>(std::move(base), std::move(options));

@@ -248,7 +248,12 @@ void bind_stats(py::module_& m) {
       .field("arena_bytes", &S::arena_bytes)
       .field("arena_peak", &S::arena_peak)
       .field("training_state_bytes", &S::training_state_bytes)
+      .field("graph_captures", &S::graph_captures)
+      .field("graph_replays", &S::graph_replays)
+      .field("graphs", &S::graphs)
+      .field("graph_seconds", &S::graph_seconds)
       .field("step_seconds", &S::step_seconds)
+      .field("host_seconds", &S::host_seconds)
       .finish();
 }
 

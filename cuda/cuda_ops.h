@@ -96,6 +96,7 @@ class CudaOps final : public Ops {
   size_t workspace_need(const OpsLimits& limits) const override { return cuda_workspace(limits, deterministic_).total(); }
   void reserve(const OpsLimits& limits) override;
   size_t workspace_bytes() const override;
+  std::unique_ptr<StepGraph> capture(const std::function<void()>& work) override;
 
   void embedding(const int32_t* ids, TensorView table, TensorView y) override;
   void gather_rows(TensorView x, const int32_t* index, TensorView y) override;

@@ -48,9 +48,13 @@ void check(cublasStatus_t status, const char* call, std::source_location where) 
   throw DeviceError(concat("[cuda] ", call, " at ", place(where), ": ", cublasLtGetStatusName(status)));
 }
 
-void check_launch(cudaStream_t stream, std::source_location where) {
+bool launches_are_synchronized() {
   static const bool synchronize = std::getenv("LOQUETIER_CUDA_SYNC") != nullptr;
-  if (synchronize) check(cudaStreamSynchronize(stream), "kernel", where);
+  return synchronize;
+}
+
+void check_launch(cudaStream_t stream, std::source_location where) {
+  if (launches_are_synchronized()) check(cudaStreamSynchronize(stream), "kernel", where);
 }
 
 void expect(const char* op, const char* tensor, const TensorView& view, DType dtype, int64_t rows, int64_t cols) {

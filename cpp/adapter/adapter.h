@@ -26,8 +26,12 @@ struct AdapterLayout {
   std::vector<int64_t> b_offset;
   int64_t a_elements = 0;  // [0, a_elements) is all A, [a_elements, elements) all B
   int64_t elements = 0;
-  int32_t sites = 0;         // entries of a site table
-  int32_t max_rank = 0;      // largest sum of part ranks of a site
+  int32_t sites = 0;     // entries of a site table
+  int32_t max_rank = 0;  // largest sum of part ranks of a site
+  // Over the layers, without lm_head:
+  int32_t part_rank = 0;     // largest rank of one target
+  bool vector_ranks = true;  // all ranks are multiples of 8
+  uint32_t parts = 0;        // which projections: bit (site % 4) * kMaxParts + part
   int64_t lowest_layer = 0;  // of any target; L when only lm_head is adapted
   bool lm_head = false;
   int64_t parameters() const;

@@ -89,6 +89,7 @@ class Arena {
   size_t used() const { return used_; }
   size_t peak() const { return peak_; }
   bool counting() const { return data_ == nullptr; }
+  const void* data() const { return data_; }
 
  private:
   std::byte* data_ = nullptr;

@@ -87,7 +87,7 @@ constexpr int kCountedRank = 16;  // adapters of this rank are what the plan at 
 }  // namespace
 
 Core::Core(std::shared_ptr<Ops> ops_in, std::shared_ptr<const ModelWeights> weights_in, KvCache kv_in, size_t pool_bytes,
-           const PlannerConfig& plan)
+           const PlannerConfig& plan, bool use_graphs)
     : ops(std::move(ops_in)),
       weights(std::move(weights_in)),
       model(weights, *ops),
@@ -95,7 +95,8 @@ Core::Core(std::shared_ptr<Ops> ops_in, std::shared_ptr<const ModelWeights> weig
       pool(*ops, pool_bytes),
       planner(plan),
       metadata{Blob(ops->device()), Blob(ops->device())},
-      results(ops->device()) {}
+      results(ops->device()),
+      graphs(*ops, model, use_graphs) {}
 
 Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options_in, std::shared_ptr<Ops> ops)
     : base(std::move(model)), options(std::move(options_in)) {
@@ -127,7 +128,7 @@ Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options
     if (!weights) weights = place_weights(base, *ops, ops);
     KvCache kv = KvCache::make(*ops, config, kv_pages, options.page_size);
     core = std::make_unique<Core>(std::move(ops), std::move(weights), std::move(kv), static_cast<size_t>(memory.adapter_pool_bytes),
-                                  plan);
+                                  plan, options.cuda_graphs && !lazy);
     if (!lazy) reserve(most);
   } catch (const OutOfMemory& error) {
     core.reset();

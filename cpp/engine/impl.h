@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "engine/blob.h"
+#include "engine/decode_graph.h"
 #include "engine/fair_mutex.h"
 #include "engine/records.h"
 #include "engine/step_batch.h"
@@ -64,6 +65,7 @@ struct Core {
   Blob metadata[2];
   Blob results;
   Buffer saved_storage, scratch_storage;  // reserved at start; where memory is the host's, grown when a step needs more
+  DecodeGraphs graphs;
   std::optional<MicroBatch> micro;
   bool committed = false;      // the planner was told that the current plan was computed
   StepResult events;           // not yet handed out
@@ -71,7 +73,7 @@ struct Core {
   EngineStats stats;
 
   Core(std::shared_ptr<Ops> ops, std::shared_ptr<const ModelWeights> weights, KvCache kv, size_t pool_bytes,
-       const PlannerConfig& plan);
+       const PlannerConfig& plan, bool graphs);
 };
 
 struct Engine::Impl {
@@ -104,6 +106,7 @@ struct Engine::Impl {
   // ---- step lock
   mutable FairMutex step_lock;
   std::atomic<bool> stepping{false};
+  double waiting_seconds = 0;  // of the step under way: for the device, or computing where that is the host
   std::unique_ptr<Core> core;
   StepBudget budget;                             // no limit; tests cut backward at random places
   std::function<void(const char* phase)> probe;  // called between phases; tests throw from it

@@ -62,7 +62,9 @@ StepResult Engine::Impl::step() {
     core->planner.commit(plan);
   }
   core->stats.steps += 1;
-  core->stats.step_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  core->stats.step_seconds += seconds;
+  core->stats.host_seconds += seconds - std::exchange(waiting_seconds, 0);
   StepResult result = std::exchange(core->events, {});
   publish();
   return result;
@@ -199,7 +201,10 @@ void Engine::Impl::run(const Plan& plan) {
   Finally unpin([&] { c.pool.unpin(pinned); });
 
   const int blob = c.micro ? 1 - c.micro->blob : 0;
-  const StepContext context{c.model.config(), c.planner, c.adapters, c.requests, c.jobs, weights, options.page_size};
+  const int32_t graph_rows =
+      c.graphs.enabled() ? static_cast<int32_t>(std::min<int64_t>(kMostDecodeRows, options.max_batch_tokens)) : 0;
+  const StepContext context{c.model.config(),      c.planner, c.adapters, c.requests, c.jobs, weights, options.page_size,
+                            options.max_lora_rank, graph_rows};
   StepBatch batch = build_step(plan, context, c.metadata[blob], c.results);
   if (c.micro && plan.backward_layers > 0) refresh_micro_batch();
   mark("planned");
@@ -212,12 +217,18 @@ void Engine::Impl::run(const Plan& plan) {
     ensure(c.saved_storage, device, c.model.saved_bytes(view.rows, view.train_rows, view.groups.max_rank, recompute));
   c.metadata[blob].upload();
   mark("uploaded");
+  using Clock = std::chrono::steady_clock;
+  const bool computes = device.host_addressable();  // then the calls below return when the work is done
+  auto waited = Clock::now();
 
   if (view.rows > 0) {
     Arena scratch(c.scratch_storage.data(), c.scratch_storage.bytes());
     Arena saved(c.saved_storage.data(), c.saved_storage.bytes());
     if (view.train_rows > 0) begin_micro_batch(plan, batch, blob, weights);
-    c.model.forward(view, c.kv, view.train_rows > 0 ? &c.micro->saved : nullptr, saved, scratch, recompute);
+    if (batch.decode) {
+      c.graphs.run(view, *batch.decode, c.kv, scratch);
+      c.model.decode_heads(view, scratch);
+    } else c.model.forward(view, c.kv, view.train_rows > 0 ? &c.micro->saved : nullptr, saved, scratch, recompute);
     c.stats.arena_peak = std::max(c.stats.arena_peak, static_cast<int64_t>(saved.peak() + scratch.peak()));
   }
   mark("forward");
@@ -239,7 +250,9 @@ void Engine::Impl::run(const Plan& plan) {
   }
   mark("optimizer");
   prefetch();
+  if (!computes) waited = Clock::now();
   c.results.download();
+  waiting_seconds = std::chrono::duration<double>(Clock::now() - waited).count();
   mark("downloaded");
   collect(plan, batch);
 }
@@ -488,6 +501,10 @@ void Engine::Impl::publish() {
   s.adapter_fetches = c.pool.fetches();
   s.adapter_prefetches = c.pool.prefetches();
   s.adapter_pool_used = static_cast<int64_t>(c.pool.used());
+  s.graph_captures = c.graphs.counts().captures;
+  s.graph_replays = c.graphs.counts().replays;
+  s.graphs = c.graphs.counts().kept;
+  s.graph_seconds = c.graphs.counts().capture_seconds;
   s.saved_bytes = static_cast<int64_t>(c.saved_storage.bytes());
   s.scratch_bytes = static_cast<int64_t>(c.scratch_storage.bytes());
   s.metadata_bytes = static_cast<int64_t>(c.metadata[0].device_bytes() + c.metadata[1].device_bytes() + c.results.device_bytes() +

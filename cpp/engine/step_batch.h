@@ -3,10 +3,12 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
 #include "engine/blob.h"
+#include "engine/decode_graph.h"
 #include "engine/records.h"
 #include "model/model.h"
 #include "plan/planner.h"
@@ -26,6 +28,8 @@ struct StepContext {
   const JobTable& jobs;
   const WeightTableOfStep& weights;  // of every plan.adapters entry, resident
   int32_t page_size = 0;
+  int32_t max_rank = 0;         // of one projection
+  int32_t most_graph_rows = 0;  // steps of decodes alone up to this bucket are laid out for a graph; 0: none
 };
 
 // Which segment a head row belongs to, and which of its targets (train, eval) or prompt positions (prefill).
@@ -36,14 +40,15 @@ struct HeadRef {
 
 struct StepBatch {
   BatchView view;
-  std::vector<HeadRef> heads;        // [view.head_count]
-  int32_t sample_begin = 0;          // first head row that samples
-  std::vector<int64_t> update_jobs;  // jobs of plan.completed_jobs that end with an optimizer step, in order
-  AdamBatch updates;                 // one AdamJob per entry of update_jobs
-  Both<float> logprob;               // [head_count]
-  Both<float> loss;                  // [head_count]
-  Both<int32_t> sampled;             // [head_count]
-  Both<int32_t> top_ids;             // [samples, top_columns]
+  std::optional<DecodeShape> decode;  // the layout, when it is by buckets
+  std::vector<HeadRef> heads;         // [view.head_count]
+  int32_t sample_begin = 0;           // first head row that samples
+  std::vector<int64_t> update_jobs;   // jobs of plan.completed_jobs that end with an optimizer step, in order
+  AdamBatch updates;                  // one AdamJob per entry of update_jobs
+  Both<float> logprob;                // [head_count]
+  Both<float> loss;                   // [head_count]
+  Both<int32_t> sampled;              // [head_count]
+  Both<int32_t> top_ids;              // [samples, top_columns]
   Both<float> top_logprobs;
   int32_t top_columns = 0;
   Both<float> norms;  // [update_jobs]

@@ -83,6 +83,11 @@ class Model {
   // may be null.
   void forward(const BatchView& batch, KvCache& kv, Saved* saved, Arena& saved_arena, Arena& scratch, Recompute recompute) const;
 
+  // The same of a batch of rows with pages, in two pieces: all layers, and the heads over what they left. `scratch` of both is in
+  // the same state. decode_layers() touches nothing but the stream, so it can be recorded (Ops::capture).
+  void decode_layers(const BatchView& batch, KvCache& kv, Arena scratch) const;
+  void decode_heads(const BatchView& batch, Arena& scratch) const;
+
   // One layer of backward, from layer = L - 1 down to batch.lowest_layer: saved.dx goes from the gradient of the layer's output to
   // that of its input (not needed and not computed for lowest_layer), gradients of the layer's adapters are added. Touches training
   // rows only. `batch` needs only its training part: train_packed, train_groups, train_rows, lowest_layer, positions.

@@ -47,7 +47,11 @@ struct EngineStats {
   int64_t weight_bytes = 0, kv_bytes = 0, adapter_pool_bytes = 0, adapter_pool_used = 0, saved_bytes = 0, scratch_bytes = 0,
           metadata_bytes = 0, workspace_bytes = 0, training_state_bytes = 0, training_state_limit = -1;
   int64_t arena_bytes = 0, arena_peak = 0;  // saved_bytes + scratch_bytes, and the most of it that a step has used
-  double step_seconds = 0;                  // host time spent inside step(), in all
+  // Recorded decode steps: recordings made, steps that replayed one, how many are kept, time spent recording.
+  int64_t graph_captures = 0, graph_replays = 0, graphs = 0;
+  double graph_seconds = 0;
+  double step_seconds = 0;  // spent inside step(), in all
+  double host_seconds = 0;  // of these, on planning, tables, launches and results: not computing (CPU) or waiting for the device
 };
 
 // A copy of one adapter tensor by its PEFT key.

@@ -169,7 +169,8 @@ struct EngineOptions {
   uint64_t seed = 0;
   int num_threads = 0;  // CPU backend; 0: the processors this process may use
   bool prefix_caching = true;
-  int page_size = 16;  // tokens per KV page, a power of two
+  bool cuda_graphs = true;  // steps of decodes alone replay recorded launches (CUDA)
+  int page_size = 16;       // tokens per KV page, a power of two
 };
 
 }  // namespace loquetier
