@@ -350,6 +350,7 @@ max_train_tokens: rows of a step that has training rows; None: max_batch_tokens;
 max_queue: waiting requests and examples; beyond it submit raises QueueFull. recompute: "none", or "layer" to keep only each
 layer's input for backward. deterministic: results do not depend on who else is in the batch, bit for bit.
 latency: None. num_threads: CPU backend, 0: the processors this process may use. page_size: tokens per KV page.
+cuda_graphs: steps of decodes alone replay recorded launches (CUDA).
 
 submit_*, cancel and the queries may be called from any thread, step() by one thread at a time. A refused call changes nothing.)");
   const EngineOptions d;
@@ -359,7 +360,8 @@ submit_*, cancel and the queries may be called from any thread, step() by one th
           py::arg("memory_fraction") = d.memory_fraction, py::arg("max_train_tokens") = py::none(),
           py::arg("max_lora_rank") = d.max_lora_rank, py::arg("max_queue") = d.max_queue, py::arg("recompute") = d.recompute,
           py::arg("deterministic") = d.deterministic, py::arg("latency") = py::none(), py::arg("seed") = d.seed,
-          py::arg("num_threads") = d.num_threads, py::arg("prefix_caching") = d.prefix_caching, py::arg("page_size") = d.page_size);
+          py::arg("num_threads") = d.num_threads, py::arg("prefix_caching") = d.prefix_caching, py::arg("page_size") = d.page_size,
+          py::arg("cuda_graphs") = d.cuda_graphs);
   cls.def_static(
       "from_state_dict",
       [](const ConfigLike& config, const StateDictLike& state_dict, const py::kwargs& options) -> py::typing::Union<PyEngine> {

@@ -32,7 +32,8 @@ DecodeShape decode_shape(const DecodeCounts& counts, int32_t max_rank) {
   }
   // Tiles of t >= 8 rows that `groups` groups of at most `largest` rows, `rows` in all, can make: a group of r rows makes at most
   // 1 + (r - 1) / t. The table has an entry for each of them, so that bounds() can say so.
-  const int32_t by_group = groups * ((shape.largest + kTileRows - 1) / kTileRows), by_rows = groups + (shape.rows - groups) / kTileRows;
+  const int32_t by_group = groups * ((shape.largest + kTileRows - 1) / kTileRows),
+                by_rows = groups + (shape.rows - groups) / kTileRows;
   shape.groups = std::min({shape.rows, by_group, by_rows});
   shape.rank = std::min(power_at_least(std::max(counts.rank, 8)), std::max(max_rank / 8 * 8, counts.rank));
   if (!counts.vectors && shape.rank % 8 == 0) shape.rank += 1;  // ranks that are no multiple of 8 have kernels of their own

@@ -1,6 +1,6 @@
 // Steps of decodes alone: laid out by buckets, recorded, replayed. Engines that replay must answer as those that do not, whatever
-// comes and goes between the replays. The backend is the recording one of hosted_ops.h, which also checks that every launch is large
-// enough for the batch it meets.
+// comes and goes between the replays. The backend is the recording one of hosted_ops.h, which also checks that every launch is
+// large enough for the batch it meets.
 #include <algorithm>
 #include <cstdlib>
 #include <iostream>
@@ -120,7 +120,8 @@ TEST(replays_answer_as_launches_do_while_adapters_come_and_go) {
   CHECK(replayed.graph_replays > 100);
   CHECK(replayed.graph_captures >= 10);
   CHECK(replayed.adapter_evictions > 0);
-  std::cout << replayed.graph_replays << " replays of " << replayed.graph_captures << " recordings in " << replayed.steps << " steps\n";
+  std::cout << replayed.graph_replays << " replays of " << replayed.graph_captures << " recordings in " << replayed.steps
+            << " steps\n";
 }
 
 TEST(every_number_of_sequences_around_a_bucket) {
