@@ -282,7 +282,7 @@ std::shared_ptr<AdapterWeights> AdapterPool::copy(const std::shared_ptr<AdapterW
   const size_t bytes = s.block_bytes(*source);
   if (source->resident()) {
     const State::Pin pin({source.get()});
-    if (s.make_room(s.pool_bytes(*weights))) {
+    if (s.make_room(s.pool_bytes(*weights)) && s.first_fit(align(bytes)) != State::kNowhere) {
       s.allocate(*weights);
       s.await(*source);
       s.device.copy_on_device(weights->device_block_, source->device_block_, bytes);
@@ -343,7 +343,7 @@ int64_t AdapterPool::prefetch(std::span<const std::shared_ptr<AdapterWeights>> n
   int64_t started = 0;
   for (AdapterWeights* w : pointers) {
     if (w->resident()) continue;
-    if (!s.make_room(s.pool_bytes(*w), true)) break;
+    if (s.free_tables.empty() || !s.make_room(s.pool_bytes(*w), true)) break;
     if (s.first_fit(align(s.block_bytes(*w))) == State::kNowhere) break;  // moving blocks about is for when there is no other way
     s.allocate(*w);
     s.fetch(*w);

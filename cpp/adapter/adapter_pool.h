@@ -34,7 +34,7 @@ class AdapterPool {
   // alone exceeds the pool.
   std::shared_ptr<AdapterWeights> add(std::shared_ptr<const AdapterLayout> layout, const float* flat, int64_t version);
   // A copy of `source` as a version of its own (copy on write for the optimizer; clone). Resident when the source is and idle ones
-  // can make room for it, else in the host tier.
+  // can make room for it, else in the host tier. Moves no block: in the middle of a step tables of the optimizer point at them.
   std::shared_ptr<AdapterWeights> copy(const std::shared_ptr<AdapterWeights>& source, int64_t version);
 
   // Makes every one of `set` resident and pins it until unpin(); evicts idle ones as needed. All or nothing: OutOfMemory names the

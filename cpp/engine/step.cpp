@@ -398,6 +398,7 @@ void Engine::Impl::complete_jobs(const std::vector<int64_t>& completed, const St
 
 void Engine::Impl::collect_tokens(const Plan& plan, const StepBatch& batch) {
   Core& c = *core;
+  c.events.tokens.reserve(c.events.tokens.size() + batch.heads.size() - static_cast<size_t>(batch.sample_begin));
   for (size_t i = static_cast<size_t>(batch.sample_begin); i < batch.heads.size(); ++i) {
     const Segment& s = plan.segments[static_cast<size_t>(batch.heads[i].segment)];
     Request& r = c.requests.at(s.id);

@@ -318,7 +318,10 @@ class PoolCheck {
     if (all.empty()) return;
     const Tracked& source = all[random() % all.size()];
     const bool was_resident = source.weights->resident();
+    std::vector<const void*> places;
+    for (const Tracked& other : all) places.push_back(other.pins > 0 ? other.weights->device_block() : nullptr);
     Tracked t{pool->copy(source.weights, 77), source.values, 0, 0};
+    for (size_t i = 0; i < all.size(); ++i) CHECK(places[i] == nullptr || places[i] == all[i].weights->device_block());
     CHECK_EQ(t.weights->version(), 77);
     CHECK_EQ(source.weights->resident(), was_resident);
     if (!was_resident) CHECK(!t.weights->resident());
