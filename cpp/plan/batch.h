@@ -54,15 +54,12 @@ struct Plan {
   bool resumes = false;                 // the slices belong to a chunk that stopped in an earlier step
   int32_t backward_slices = 0;          // at most, of the micro-batch whose forward is complete (with this step), from the top
   std::vector<int64_t> completed_jobs;  // whose last gradient or loss is in after this step (all slices run), in order of arrival
-  std::vector<int64_t> rejected;        // requests that asked to be rejected when late, and are: the caller finishes them
   std::vector<int64_t> preempted;       // requests whose pages were taken; they wait again and lose nothing
   uint64_t serial = 0;                  // which plan this is: commit() and abort() take the last one only
   StepWork work;                        // of all of it, every slice included
   double predicted = 0;                 // seconds, with a cost model
   double seconds = -1;                  // the step was filled to so many; < 0: no limit
-  bool empty() const {
-    return segments.empty() && forward_slices == 0 && backward_slices == 0 && completed_jobs.empty() && rejected.empty();
-  }
+  bool empty() const { return segments.empty() && forward_slices == 0 && backward_slices == 0 && completed_jobs.empty(); }
   int32_t total_rows() const { return rows[0] + rows[1] + rows[2] + rows[3]; }
 };
 

@@ -11,12 +11,12 @@ namespace loquetier {
 
 namespace {
 
-constexpr double kForget = 0.995;        // of the normal equations, per observation: half of the weight is on the last 140
-constexpr double kHold = 0.02;           // pull towards where a coefficient is, beside sums of squared shares of a step
-constexpr int64_t kFirst = 32;           // observations during which that is the prior times the measured factor
-constexpr double kSpreadRate = 0.05;     // of the slow mean of residuals
-constexpr double kClip = 2.5;            // residuals beyond so many spreads count less
-constexpr int kSweeps = 24;              // of coordinate descent, from the former solution
+constexpr double kForget = 0.995;     // of the normal equations, per observation: half of the weight is on the last 140
+constexpr double kHold = 0.02;        // pull towards where a coefficient is, beside sums of squared shares of a step
+constexpr int64_t kFirst = 32;        // observations during which that is the prior times the measured factor
+constexpr double kSpreadRate = 0.05;  // of the slow mean of residuals
+constexpr double kClip = 2.5;         // residuals beyond so many spreads count less
+constexpr int kSweeps = 24;           // of coordinate descent, from the former solution
 constexpr double kSmallestSpread = 5e-3;
 
 template <size_t K>
@@ -27,7 +27,8 @@ void add_pass(std::array<double, 2 + K>& sums, const std::array<double, K>& knot
   for (size_t i = 0; i < K; ++i) sums[2 + i] += share * std::max(0.0, rows - knots[i]);
 }
 
-// Coefficients of the convex piecewise linear function through `f` at 0 and at the knots, with the slope `last` behind the last one.
+// Coefficients of the convex piecewise linear function through `f` at 0 and at the knots, with the slope `last` behind the last
+// one.
 template <size_t K, class F>
 std::array<double, 2 + K> interpolate(const std::array<double, K>& knots, F f, double last) {
   std::array<double, 2 + K> out = {};
@@ -141,8 +142,12 @@ CostModel::Features CostModel::coefficients() const {
 
 bool CostModel::observe(const StepWork& work, double seconds) {
   if (!std::isfinite(seconds) || seconds <= 0 || !work.steps) return false;
-  const uint64_t shape[] = {static_cast<uint64_t>(bucket(work.forward[1])), static_cast<uint64_t>(bucket(work.backward[1]) / 2),
-                            work.decode_rows > 0, work.prefill_pairs > 0, work.train_pairs > 0, work.update_bytes > 0};
+  const uint64_t shape[] = {static_cast<uint64_t>(bucket(work.forward[1])),
+                            static_cast<uint64_t>(bucket(work.backward[1]) / 2),
+                            work.decode_rows > 0,
+                            work.prefill_pairs > 0,
+                            work.train_pairs > 0,
+                            work.update_bytes > 0};
   uint64_t key = 0;
   for (const uint64_t part : shape) key = key * 64 + part;
   if (seen_.insert(key).second) return false;

@@ -48,8 +48,10 @@ struct PlannerConfig {
   int32_t slice_rows = 0;
   // With slice_rows: rows of other kinds that may share a step with a chunk (what Saved has room for behind the micro-batch).
   int32_t slack_rows = 1024;
+  bool rerun = false;       // each layer's forward is computed again in its backward
+  double mlp_share = 0.85;  // of a layer's products: those of the slices that hold the MLP and o
   // With a goal, steps are filled to it and not beyond, by this model, which outlives the planner. Needs slice_rows > 0.
-  std::optional<LatencyGoal> goal;
+  std::optional<LatencyGoal> goal = {};
   const CostModel* cost = nullptr;  // may be given without a goal: plans then say what they are predicted to take
 };
 
@@ -64,17 +66,18 @@ struct RequestSpec {
   bool use_prefix_cache = true;  // false: compute every prompt row (prompt log-probabilities)
   double arrived = 0;            // on the clock of StepBudget::now
   double deadline = -1;          // of the first token, on the same clock; < 0: arrived + goal's ttft, or none without a goal
-  bool reject_late = false;      // named in Plan::rejected once the deadline cannot be met, instead of being served late
+  bool reject_late = false;      // named by late() once the deadline cannot be met, instead of being served late
 };
 
 struct JobSpec {
   int64_t id = 0;
   int64_t adapter = -1;
-  bool train = true;             // else evaluation
-  bool barrier = false;          // ends with an optimizer step
-  std::vector<int32_t> rows;     // per example, 1 .. max_batch_tokens
-  std::vector<int32_t> targets;  // per example: rows with a loss, taken to be its last ones (for the cost); empty: all rows
-  double weight = 1;             // > 0: the adapter's share of training rows beside other adapters' (of its newest job)
+  bool train = true;                  // else evaluation
+  bool barrier = false;               // ends with an optimizer step
+  std::vector<int32_t> rows;          // per example, 1 .. max_batch_tokens
+  std::vector<int32_t> targets = {};  // per example: rows with a loss, taken to be its last ones (for the cost); empty: all rows
+  int32_t lowest_layer = 0;           // of the model that the adapter trains (for the cost)
+  double weight = 1;                  // > 0: the adapter's share of training rows beside other adapters' (of its newest job)
 };
 
 // Limits of one step beside the config's; time is handed in.
@@ -99,8 +102,7 @@ struct PlannerStats {
   int64_t preemptions = 0;
   int64_t cached_tokens = 0;                        // prompt rows not computed thanks to the prefix cache
   int64_t pages_free = 0, pages_cached = 0;         // cached: kept only for prefixes, taken back when needed
-  int64_t deadlines_met = 0, deadlines_missed = 0;  // requests with a deadline, at their first token (or rejection: missed)
-  int64_t rejected = 0;
+  int64_t deadlines_met = 0, deadlines_missed = 0;  // requests with a deadline, at their first token
 };
 
 class Planner {
@@ -124,6 +126,8 @@ class Planner {
   // The micro-batch in flight is lost (a step failed in its middle): no more backward is planned for it, its jobs are removed.
   void abandon_backward();
 
+  // Requests that asked to be rejected when late, and whose first token cannot come in time any more. The caller finishes them.
+  std::vector<int64_t> late(double now) const;
   // Decides the next step. Must be followed by commit() or abort() of the same plan before anything else but queries.
   Plan plan(const StepBudget& budget = {});
   // The step was computed: positions advance, full pages become cacheable, completed jobs are forgotten. Returns the jobs whose

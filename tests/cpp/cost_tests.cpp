@@ -135,8 +135,9 @@ TEST(learns_a_mixed_workload_on_both_kinds_of_machine) {
       const CostModel model = learn(random, machine, early, 1500, {});
       const auto [median_early, p95_early] = errors(random, machine, early);
       const auto [median, p95] = errors(random, machine, model);
-      std::cout << "rates x" << rates << ": after 150 steps " << median_early << " " << p95_early << ", after 1650 " << median << " "
-                << p95 << ", as the model counts itself " << model.error_quantile(0.5) << " " << model.error_quantile(0.95) << "\n";
+      std::cout << "rates x" << rates << ": after 150 steps " << median_early << " " << p95_early << ", after 1650 " << median
+                << " " << p95 << ", as the model counts itself " << model.error_quantile(0.5) << " " << model.error_quantile(0.95)
+                << "\n";
       CHECK(median_early <= 0.10);
       CHECK(median <= 0.05);
       CHECK(p95 <= 0.15);
