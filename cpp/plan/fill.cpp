@@ -1,8 +1,9 @@
 // Time in a plan: how long the step may take, what fits into it, and training in pieces (PlannerConfig::slice_rows).
 //
-// A step with rows of requests may take until the first of its decodes owes its next token; a request's tokens are due on a schedule
-// from its first token on, so a step that took longer than predicted is made up for by the next ones. Training fills what decodes
-// and prompts leave. Without rows of requests nothing limits a step: the engine stops it between two slices when one arrives.
+// A step with rows of requests may take until the first of its decodes owes its next token; a request's tokens are due on a
+// schedule from its first token on, so a step that took longer than predicted is made up for by the next ones. Training fills what
+// decodes and prompts leave. Without rows of requests nothing limits a step: the engine stops it between two slices when one
+// arrives.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -14,13 +15,14 @@ namespace loquetier {
 
 namespace {
 
-constexpr double kMargin = 0.95;           // of the time per token: the rest is for what the model does not foresee
-constexpr double kCatchUp = 0.5;           // a step that makes up for late ones still has this share of it
-constexpr double kPromptShare = 0.25;      // of the time to first token: the longest step of prompts alone
-constexpr double kUrgentShare = 0.5;       // of it: with less left a prompt goes before its turn
-constexpr int kUrgentLooks = 64;           // prompts a step looks at in order of deadline, bounds the work when thousands wait
-constexpr int32_t kSmallestChunk = 16;     // training rows worth a place in a step
-constexpr int32_t kHeadSlice = 256;        // head rows of a forward slice
+constexpr double kMargin = 0.95;        // of the time per token: the rest is for what the model does not foresee
+constexpr double kCatchUp = 0.5;        // a step that makes up for late ones still has this share of it
+constexpr double kPromptShare = 0.25;   // of the time to first token: the longest step of prompts alone
+constexpr double kUrgentShare = 0.5;    // of it: with less left a prompt goes before its turn
+constexpr double kPatience = 4;         // times per token: with less to the first one an arrival ends a step early
+constexpr int kUrgentLooks = 64;        // prompts a step looks at in order of deadline, bounds the work when thousands wait
+constexpr int32_t kSmallestChunk = 16;  // training rows worth a place in a step
+constexpr int32_t kHeadSlice = 256;     // head rows of a forward slice
 
 double causal_pairs(double begin, double rows) { return rows * begin + rows * (rows + 1) / 2; }
 double passes(double heads) { return std::ceil(heads / kHeadSlice); }
@@ -107,7 +109,10 @@ void Planner::State::serve_urgent(PromptLevel& level) {
     if (limits.rows_left == 0 || prompt_time_over) return;
     if (r.deadline - now - prefill_seconds(r.computed, r.length() - r.computed) > kUrgentShare * config.goal->ttft) return;
     ++it;
-    if (r.planned == 0 && r.state != RequestState::decoding) serve_queue(prompts.queue_of(r), limits.rows_left, false);
+    // Credit first: an adapter that floods always has prompts whose deadline is the next.
+    PromptQueue& queue = prompts.queue_of(r);
+    if ((queue.serial == serial ? queue.plan_deficit : queue.deficit) < 0 && level.ring.size() > 1) continue;
+    if (r.planned == 0 && r.state != RequestState::decoding) serve_queue(queue, limits.rows_left, false);
   }
 }
 
@@ -135,13 +140,29 @@ void Planner::State::note_token(PlannedRequest& r, double when) {
 
 // ---------------------------------------------------------------- training in pieces
 
+bool Planner::State::interruptible(const Plan& plan) const {
+  if (plan.rows[2] + plan.rows[3] == 0 || plan.seconds < 0) return true;
+  return !overdue_training && config.goal && config.goal->ttft < kPatience * config.goal->tpot;
+}
+
+// Beside prompts that would fill every step, training that was passed over too long keeps a place: a chunk shares a step with at
+// most slack_rows others.
+int64_t Planner::State::rows_kept_for_training() const {
+  const auto room = static_cast<int64_t>(config.slack_rows - work_rows);
+  if (!must_train || room < 0 || training.backward_slices_left() > 0 || training.stopped_chunk() > 0) return 0;
+  return limits.rows_left - std::clamp<int64_t>(limits.rows_left - kSmallestChunk, 0, room);
+}
+
 void Planner::State::train_in_pieces() {
   const bool serves = work_rows > 0;
   if (limits.rows_left > 0 && !(skip_evaluation && training.could_train())) evaluate();
   const bool alone = work_rows == 0;
   const double limit = serves ? train_seconds : alone_seconds;
   if (training.may_train()) {
-    if (limits.rows_left <= 0 || work_rows > config.slack_rows) return;
+    if (limits.rows_left <= 0 || work_rows > config.slack_rows) {
+      if (training.composed()) training.drop_composition();
+      return;
+    }
     training.compose(limits, composition_rows(), false);
     if (!training.composed()) return;
   } else if (!training.claim_micro(limits)) {
@@ -259,8 +280,8 @@ void Planner::State::plan_backward(double limit, bool forward_planned) {
   const MicroRows& micro = training.micro_rows();
   const int32_t all = micro.slices(config.num_layers), left = forward_planned ? all : training.backward_slices_left();
   const int32_t most = std::min(left, training.max_slices());
-  const int32_t n = slices_in_time(
-      most, limit, [&](int32_t i) { return micro.slice_work(all - left + i, config.num_layers, config.mlp_share); });
+  const int32_t n =
+      slices_in_time(most, limit, [&](int32_t i) { return micro.slice_work(all - left + i, config.num_layers, config.mlp_share); });
   training.take_backward_slices(n);
 }
 

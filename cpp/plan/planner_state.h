@@ -64,9 +64,10 @@ struct Planner::State {
   double prompt_seconds = -1;  // prompt rows may come up to
   double alone_seconds = -1;   // a step of training alone
   bool prompt_time_over = false;
-  bool prompt_overdue = false;   // one is being served before all else
-  bool must_train = false;       // training was passed over too long: its smallest piece is in the step whatever it costs
-  bool skip_evaluation = false;  // the last step had evaluation rows: training has the next
+  bool prompt_overdue = false;    // one is being served before all else
+  bool must_train = false;        // training was passed over too long: its smallest piece is in the step whatever it costs
+  bool overdue_training = false;  // that was so when the plan began
+  bool skip_evaluation = false;   // the last step had evaluation rows: training has the next
 
   Plan plan(const StepBudget& budget);
   std::vector<int64_t> commit(const Plan& plan, const StepOutcome& outcome);
@@ -98,6 +99,8 @@ struct Planner::State {
   void note_token(PlannedRequest& request, double when);
 
   // ---- training in pieces
+  int64_t rows_kept_for_training() const;
+  bool interruptible(const Plan& plan) const;
   void train_in_pieces();
   void evaluate();
   bool plan_forward(bool alone, double limit);  // true: with this step all rows of the micro-batch are forwarded

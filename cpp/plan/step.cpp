@@ -32,10 +32,13 @@ Plan Planner::State::plan(const StepBudget& budget) {
   survey();
   set_time(budget);
   serve_overdue();
+  overdue_training = must_train;
   if (limits.rows_left > 0) {
     serve_decodes();
-
+    const int64_t kept = rows_kept_for_training();
+    limits.rows_left -= kept;
     serve_prompts();
+    limits.rows_left += kept;
     unblock_prompt();
   }
   if (config.slice_rows == 0) {
@@ -391,6 +394,7 @@ Plan Planner::State::emit() {
   if (config.cost) plan.predicted = config.cost->predict(plan.work);
   const bool alone = plan.rows[2] + plan.rows[3] == 0;
   plan.seconds = alone ? alone_seconds : std::max(train_seconds, plan.rows[3] > 0 ? train_seconds : prompt_seconds);
+  plan.interruptible = interruptible(plan);
   return plan;
 }
 
