@@ -35,6 +35,8 @@ class CudaDevice final : public Device {
   void copy_on_device(void* dst, const void* src, size_t bytes) override;
   void zero(void* dst, size_t bytes) override;
   void synchronize() override;
+  uint64_t record() override;
+  void wait(uint64_t mark) override;
   size_t free_bytes() const override;
   bool host_addressable() const override { return false; }
 
@@ -46,6 +48,8 @@ class CudaDevice final : public Device {
   int index_ = 0;
   int processors_ = 0;
   cudaStream_t stream_ = nullptr;
+  cudaEvent_t marks_[kMarks] = {};  // made at construction; mark m is in marks_[m % kMarks]
+  uint64_t next_mark_ = 0;
 };
 
 // One product of cuBLASLt: what decides the algorithm. Rows are rounded up to a bucket, so nearby batch sizes share an entry.

@@ -81,11 +81,13 @@ CudaDevice::CudaDevice(int index) : index_(index) {
                        "): expected compute capability 9.0 (Hopper), got ", properties.major, ".", properties.minor);
   processors_ = properties.multiProcessorCount;
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  for (cudaEvent_t& mark : marks_) check(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "cudaEventCreateWithFlags");
 }
 
 CudaDevice::~CudaDevice() {
   cudaSetDevice(index_);
   cudaStreamSynchronize(stream_);
+  for (cudaEvent_t mark : marks_) cudaEventDestroy(mark);
   cudaStreamDestroy(stream_);
 }
 
@@ -143,6 +145,13 @@ void CudaDevice::zero(void* dst, size_t bytes) {
 }
 
 void CudaDevice::synchronize() { check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"); }
+
+uint64_t CudaDevice::record() {
+  check(cudaEventRecord(marks_[next_mark_ % kMarks], stream_), "cudaEventRecord");
+  return next_mark_++;
+}
+
+void CudaDevice::wait(uint64_t mark) { check(cudaEventSynchronize(marks_[mark % kMarks]), "cudaEventSynchronize"); }
 
 size_t CudaDevice::free_bytes() const {
   const CurrentDevice current(index_);

@@ -29,6 +29,11 @@ class Device {
   virtual void copy_on_device(void* dst, const void* src, size_t bytes) = 0;
   virtual void zero(void* dst, size_t bytes) = 0;
   virtual void synchronize() = 0;
+  // A mark in the order of work, and waiting until all before it is done. On a device that works in step with the host: nothing. At
+  // most kMarks marks are remembered; waiting for an older one waits for a younger.
+  static constexpr uint64_t kMarks = 16;
+  virtual uint64_t record() { return 0; }
+  virtual void wait(uint64_t mark) { static_cast<void>(mark); }
   virtual size_t free_bytes() const = 0;      // what could be allocated now
   virtual bool host_addressable() const = 0;  // true: device pointers may be read and written by the host (CPU)
 };

@@ -6,6 +6,7 @@
 
 #include "core/random.h"
 #include "engine/impl.h"
+#include "engine/timing.h"
 
 namespace loquetier {
 
@@ -69,15 +70,19 @@ Sizes plan_sizes(const EngineOptions& options, const ModelConfig& config, Ops& o
 }  // namespace
 
 Core::Core(std::shared_ptr<Ops> ops_in, std::shared_ptr<const ModelWeights> weights_in, KvCache kv_in, size_t pool_bytes,
-           const PlannerConfig& plan)
+           const CostModel& cost_in, PlannerConfig plan)
     : ops(std::move(ops_in)),
       weights(std::move(weights_in)),
       model(weights, *ops),
       kv(std::move(kv_in)),
       pool(*ops, pool_bytes),
-      planner(plan),
-      metadata{Blob(ops->device()), Blob(ops->device())},
-      results(ops->device()) {}
+      cost(cost_in),
+      planner((plan.cost = &cost, plan)),
+      metadata(ops->device()),
+      micro_metadata(ops->device()),
+      chunk_metadata(ops->device()),
+      results(ops->device()),
+      chunk_results(ops->device()) {}
 
 Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options_in, std::shared_ptr<Ops> ops)
     : base(std::move(model)), options(std::move(options_in)) {
@@ -98,13 +103,26 @@ Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options
   plan.adapter_pool_bytes = static_cast<int64_t>(sizes.pool_bytes);
   plan.num_layers = static_cast<int32_t>(config.num_layers);
   plan.prefix_caching = options.prefix_caching;
+  const ModelShape shape = shape_of(config, ops->compute_dtype());
+  const DeviceRates rates = measure_rates(*ops, *weights);
+  slice_rows = options.slice_rows > 0 ? static_cast<int32_t>(std::min<int64_t>(options.slice_rows, options.max_batch_tokens))
+               : options.latency      ? slice_rows_for(shape, rates, options.max_batch_tokens)
+                                      : 0;
+  slack_rows = static_cast<int32_t>(
+      std::clamp<int64_t>(options.max_batch_tokens / 8, std::min<int64_t>(64, options.max_batch_tokens), 1024));
+  plan.slice_rows = slice_rows;
+  plan.slack_rows = slack_rows;
+  plan.rerun = recompute == Recompute::layer;
+  plan.mlp_share = mlp_share(config);
+  if (options.latency) plan.goal = LatencyGoal{options.latency->ttft_ms * 1e-3, options.latency->tpot_ms * 1e-3};
   KvCache kv = KvCache::make(*ops, config, sizes.kv_pages, options.page_size);
   limits = {config.vocab_size, config.max_positions, sizes.kv_pages * options.page_size, options.max_batch_tokens};
-  core = std::make_unique<Core>(std::move(ops), std::move(weights), std::move(kv), sizes.pool_bytes, plan);
+  core = std::make_unique<Core>(std::move(ops), std::move(weights), std::move(kv), sizes.pool_bytes, CostModel(shape, rates), plan);
   core->stats.weight_bytes = static_cast<int64_t>(core->weights->bytes());
   core->stats.kv_bytes = static_cast<int64_t>(core->kv.storage.bytes());
   core->stats.kv_pages = sizes.kv_pages;
   core->stats.adapter_pool_bytes = static_cast<int64_t>(sizes.pool_bytes);
+  if (!options.trace_path.empty()) trace = std::make_unique<Trace>(options.trace_path);
   publish();
 }
 
@@ -138,11 +156,14 @@ int64_t Engine::Impl::submit(Request request) {
                      " requests and examples wait (max_queue); step, then submit again");
   const int64_t id = next_id++;
   request.id = request.result.request_id = id;
+  request.submitted = now();
+  if (request.deadline >= 0) request.deadline += request.submitted;
   request.seed = request.sampling.seed.value_or(mix_key(options.seed, static_cast<uint64_t>(id)));
   live.emplace(id, request.adapter);
   ++live_requests;
   if (request.adapter) ++request.adapter->live_requests;
   inbox.push_back(std::move(request));
+  ++arrivals;
   return id;
 }
 
@@ -159,6 +180,7 @@ int64_t Engine::Impl::submit(Job job) {
                      " requests and examples would wait (max_queue); step, then submit again");
   const int64_t id = next_id++;
   job.id = id;
+  job.submitted = now();
   live.emplace(id, job.adapter);
   live_examples += examples;
   job_examples.emplace(id, examples);
@@ -189,6 +211,7 @@ Engine::~Engine() { close(); }
 int64_t Engine::submit_infer(std::vector<int32_t> prompt_ids, InferOptions options) {
   validate_prompt(prompt_ids, impl_->limits);
   validate(options.sampling, impl_->limits.vocab_size);
+  validate(options, impl_->options);
   Request request;
   request.prompt_length = static_cast<int64_t>(prompt_ids.size());
   const Limits& limits = impl_->limits;
@@ -199,6 +222,8 @@ int64_t Engine::submit_infer(std::vector<int32_t> prompt_ids, InferOptions optio
   request.prompt = std::move(prompt_ids);
   request.priority = options.priority;
   request.pin_version = options.pin_version;
+  request.reject_late = options.reject_late;
+  if (options.deadline_ms) request.deadline = *options.deadline_ms * 1e-3;  // from submission
   request.result.adapter = std::move(options.adapter);
   request.sampling = std::move(options.sampling);
   return impl_->submit(std::move(request));
@@ -215,6 +240,7 @@ int64_t Engine::submit_train(const std::string& adapter, std::vector<Example> ex
   }
   job.examples = prepare_training(examples, options, impl_->limits, job.targets);
   job.optimizer = options.optimizer;
+  job.weight = options.weight;
   return impl_->submit(std::move(job));
 }
 
@@ -249,8 +275,23 @@ EngineStats Engine::stats() const {
   return stats;
 }
 
+void Engine::start_trace(const std::filesystem::path& path) {
+  std::lock_guard guard(impl_->step_lock);
+  {
+    std::lock_guard front(impl_->front);
+    impl_->require_usable();
+  }
+  impl_->trace = std::make_unique<Trace>(path.string());
+}
+
+void Engine::stop_trace() {
+  std::lock_guard guard(impl_->step_lock);
+  impl_->trace.reset();
+}
+
 void Engine::close() {
   std::lock_guard step_guard(impl_->step_lock);
+  impl_->trace.reset();
   std::lock_guard guard(impl_->front);
   impl_->closed = true;
   impl_->registry.clear();

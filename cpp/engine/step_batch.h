@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine/blob.h"
+#include "engine/micro_batch.h"
 #include "engine/records.h"
 #include "model/model.h"
 #include "plan/planner.h"
@@ -26,6 +27,7 @@ struct StepContext {
   const JobTable& jobs;
   const WeightTableOfStep& weights;  // of every plan.adapters entry, resident
   int32_t page_size = 0;
+  const MicroBatch* micro = nullptr;  // of training segments
 };
 
 // Which segment a head row belongs to, and which of its targets (train, eval) or prompt positions (prefill).

@@ -156,6 +156,10 @@ int64_t Planner::State::rows_kept_for_training() const {
 void Planner::State::train_in_pieces() {
   const bool serves = work_rows > 0;
   if (limits.rows_left > 0 && !(skip_evaluation && training.could_train())) evaluate();
+  const MicroRows::Piece evaluated = training.evaluation();  // an overdue one may have come before
+  work_rows += evaluated.rows;
+  work_rest.train_pairs += evaluated.pairs;
+  loss_heads += evaluated.heads;
   const bool alone = work_rows == 0;
   const double limit = serves ? train_seconds : alone_seconds;
   if (training.may_train()) {
@@ -193,10 +197,6 @@ void Planner::State::evaluate() {
   limits.hard_rows_left = hard_before - taken;
   // Alone, one that is longer than a piece need not wait until it is overdue.
   if (taken == 0 && work_rows == 0 && training.evaluates()) training.serve_oldest_evaluation(limits);
-  const MicroRows::Piece piece = training.evaluation();
-  work_rows += piece.rows;
-  work_rest.train_pairs += piece.pairs;
-  loss_heads += piece.heads;
 }
 
 // How many of `most` slices fit on top of what is planned; at least one when training must go on.

@@ -18,7 +18,7 @@ struct MicroRows {
   std::vector<BackwardSlice> layer_slices;
 
   void add(MicroExample example, int32_t target_rows, int32_t lowest);  // row_begin is set here
-  void cut(int32_t slice_rows, bool rerun);             // after the last add()
+  void cut(int32_t slice_rows, bool rerun);                             // after the last add()
   int32_t slices(int32_t layers) const { return layers * static_cast<int32_t>(layer_slices.size()); }
 
   struct Piece {

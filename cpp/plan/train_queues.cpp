@@ -129,6 +129,7 @@ TrainQueues::Take TrainQueues::take(TrainQueue& queue, StepLimits& limits, bool 
   touch(queue);
   PlannedJob* job = next_of(queue, queue.plan_cursor);
   if (!job || (job->train && !may_train())) return Take::nothing;
+  if (config_.slice_rows > 0 && job->train != composing_) return Take::nothing;
   const int32_t example = job->next + job->taken;
   const int32_t rows = job->rows[static_cast<size_t>(example)];
   if (rows > limits.rows_left || !limits.fits(*queue.adapter->newest)) {
@@ -243,8 +244,10 @@ void TrainQueues::compose(StepLimits& limits, int64_t rows, bool oldest_first) {
   const PlannedJob* job = next_of(first, first.cursor);
   // One example alone may be longer than what composition aims at.
   limits.rows_left = limits.hard_rows_left = std::max<int64_t>(rows, job->rows[static_cast<size_t>(job->next)]);
+  composing_ = true;
   if (oldest_first) take(first, limits, true);
   serve_lists(limits, {&training_});
+  composing_ = false;
   limits.rows_left = step_rows;
   limits.hard_rows_left = hard_rows;
   if (begins_) fill_fresh();

@@ -152,7 +152,8 @@ class TrainQueues {
   int32_t forward_slices_now_ = 0;
   int32_t slices_now_ = 0;
   int32_t max_slices_ = 0;
-  bool begins_ = false;  // a micro-batch
+  bool begins_ = false;     // a micro-batch
+  bool composing_ = false;  // with slice_rows training and evaluation are taken apart
   std::vector<int64_t> completed_;
 };
 
