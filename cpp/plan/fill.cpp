@@ -161,7 +161,11 @@ void Planner::State::train_in_pieces() {
   work_rest.train_pairs += evaluated.pairs;
   loss_heads += evaluated.heads;
   const bool alone = work_rows == 0;
-  const double limit = serves ? train_seconds : alone_seconds;
+  // When requests wait until running ones end, and these end the sooner the shorter the steps, training yields: all it has is the
+  // smallest piece when it is overdue.
+  const bool yields = serves && lacks_place && config.goal;
+  if (yields && !must_train) return;
+  const double limit = !serves ? alone_seconds : yields ? 0 : train_seconds;
   if (training.may_train()) {
     if (limits.rows_left <= 0 || work_rows > config.slack_rows) {
       if (training.composed()) training.drop_composition();

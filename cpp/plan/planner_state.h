@@ -55,6 +55,7 @@ struct Planner::State {
   int64_t prompt_pages = 0;       // that admitted prompts need to their end and have not got
   bool wants_more_bytes = false;  // decodes over more adapters than fit
   bool door_closed = false;       // no more admissions in this step
+  bool lacks_place = false;       // a prompt waits for a slot or pages that running requests hold
   bool slices_offered = false;
   // Time (fill.cpp). What is planned so far, but for the pass over all rows and the heads, which depend on all of it.
   StepWork work_rest;

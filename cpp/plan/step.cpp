@@ -63,7 +63,7 @@ void Planner::State::survey() {
   served_queues.clear();
   preempted.clear();
   decode_pages = prompt_pages = 0;
-  door_closed = false;
+  door_closed = lacks_place = false;
   int64_t wanted_bytes = 0;
   for (PlannedRequest* r : running) {
     r->pages_before = r->pages.size();
@@ -257,6 +257,7 @@ Planner::State::Serve Planner::State::serve_queue(PromptQueue& queue, int64_t ma
     if (queue.waiting.empty() || door_closed) return Serve::no_room;
     r = queue.waiting.front();
     const Serve result = admit(*r, aged);
+    lacks_place |= result == Serve::no_slot || result == Serve::no_pages;
     if (result == Serve::no_slot || (result == Serve::no_pages && queue.passed >= config.starvation_steps)) door_closed = true;
     if (result != Serve::served) return result;
   }

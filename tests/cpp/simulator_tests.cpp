@@ -242,6 +242,25 @@ TEST(targets_that_serving_alone_meets_are_met_beside_training) {
   }
 }
 
+// Where running requests hold every place, the time training takes from their tokens is what the waiting ones lack.
+TEST(training_yields_to_requests_that_wait_for_a_place) {
+  const CostModel truth = clock_of_gpu();
+  const SimulatedTrainer trainers[] = {packed(4), packed(5)};
+  for (const double rate : {25.0, 30.0, 40.0, 60.0}) {
+    const auto requests = poisson(rate, static_cast<size_t>(60 * rate), 4, 19);
+    SimulationOptions o = options_for(6, 0.05);
+    o.until_served = true;
+    const double alone = attained(requests, simulate(o, truth, requests, {}), 1, 0.05);
+    const SimulationResult both = simulate(o, truth, requests, trainers);
+    const double beside = attained(requests, both, 1, 0.05);
+    std::printf(
+        "seed 19, %.0f requests a second: %.1f %% inside the targets alone, %.1f %% beside training at %.0f tokens a second\n",
+        rate, 100 * alone, 100 * beside, static_cast<double>(trained_tokens(both)) / both.seconds);
+    CHECK(alone >= 0.99);
+    CHECK(beside >= alone - 0.01);
+  }
+}
+
 TEST(bursty_arrivals_meet_their_targets) {
   const CostModel truth = clock_of_gpu();
   std::mt19937_64 random(17);
