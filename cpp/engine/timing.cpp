@@ -7,9 +7,9 @@ namespace loquetier {
 
 namespace {
 
-constexpr double kProbeFlops = 2e8;      // of the host's rate: some milliseconds
-constexpr double kDeviceFlops = 2e11;    // of a device's: under a millisecond
-constexpr double kSliceSeconds = 0.7e-3; // of a slice, so that one is in any case under a millisecond
+constexpr double kProbeFlops = 2e8;       // of the host's rate: some milliseconds
+constexpr double kDeviceFlops = 2e11;     // of a device's: under a millisecond
+constexpr double kSliceSeconds = 0.7e-3;  // of a slice, so that one is in any case under a millisecond
 constexpr int64_t kSmallestSlice = 32, kLargestSlice = 1024;
 
 double layer_parameters(const ModelConfig& c) {
@@ -68,6 +68,10 @@ int32_t slice_rows_for(const ModelShape& shape, const DeviceRates& rates, int64_
   int64_t rows = kSmallestSlice;
   while (rows < kLargestSlice && static_cast<double>(2 * rows) * row <= kSliceSeconds) rows *= 2;
   return static_cast<int32_t>(std::min(rows, max_rows));
+}
+
+int32_t slack_rows_for(int64_t max_batch_tokens) {
+  return static_cast<int32_t>(std::clamp<int64_t>(max_batch_tokens / 8, std::min<int64_t>(64, max_batch_tokens), 1024));
 }
 
 }  // namespace loquetier

@@ -137,7 +137,7 @@ ROWS = (
     ("training_tokens_per_second", "training, real tokens", "tok/s", 1),
     ("training_share", "of stand-alone training", "%", 100),
     ("optimizer_steps", "optimizer steps", "", 1),
-    ("prediction_error_p50", "step time predicted, error p50", "%", 100),
+    ("prediction_error_median", "step time predicted, error p50", "%", 100),
     ("prediction_error_p95", "step time predicted, error p95", "%", 100),
     ("steps", "steps", "", 1),
     ("busy", "busy", "%", 100),
