@@ -69,16 +69,16 @@ def plot_search(path: Path, title: str, tried: list[dict[str, float]], wanted: f
     tried = sorted(tried, key=lambda point: point["rate"])
     figure, attained = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
     rates = [point["rate"] for point in tried]
-    attained.plot(rates, [100 * point["attained"] for point in tried], "o-", label="inside the targets")
+    handles = attained.plot(rates, [100 * point["attained"] for point in tried], "o-", label="inside the targets")
     attained.axhline(100 * wanted, color="0.6", linewidth=0.8, linestyle="--")
     attained.set(xlabel="requests a second", ylabel="% of requests inside the targets", xscale="log", ylim=(0, 102))
     attained.grid(alpha=0.3)
     points = [(point["rate"], point["training_tokens_per_second"]) for point in tried if "training_tokens_per_second" in point]
     if points:
         training = attained.twinx()
-        training.plot(*zip(*points, strict=True), "s-", color="tab:orange", label="training")
+        handles += training.plot(*zip(*points, strict=True), "s-", color="tab:orange", label="training")
         training.set(ylabel="training, real tokens a second", ylim=(0, None))
     figure.suptitle(title, fontsize="medium", wrap=True)
-    figure.legend(loc="lower left", fontsize="small")
+    attained.legend(handles=handles, loc="center left", fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
