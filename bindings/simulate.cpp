@@ -134,7 +134,7 @@ py::dict run(const ConfigLike& config, const std::string& dtype, double bytes_pe
   if (goal) {
     p.goal = LatencyGoal{goal->first, goal->second};
     p.slice_rows = slice_rows_for(shape, rates, max_batch_tokens);
-    p.slack_rows = slack_rows_for(max_batch_tokens);
+    p.slack_rows = slack_rows_for(max_batch_tokens, max_sequences);
   }
   const auto bytes = static_cast<int64_t>(static_cast<double>(adapter_parameters(model, rank)) * shape.bytes_per_value);
   o.adapters.assign(static_cast<size_t>(serving) + examples.size(), bytes);

@@ -1,8 +1,8 @@
 // A micro-batch from its first row's forward to the end of its backward: what of its examples the steps need (the jobs may be
 // cancelled meanwhile), the training view over all of its rows, and the blocks that slices of its backward are about.
 //
-// Its arrays lie in a metadata block of its own, which is sent again with every step that touches it: the adapters may have left the
-// pool and come back elsewhere.
+// Its arrays lie in a metadata block of its own, which is sent again with every step that touches it: the adapters may have left
+// the pool and come back elsewhere.
 #pragma once
 
 #include <cstdint>
@@ -30,10 +30,10 @@ struct MicroBatch {
   BatchView view;                          // its training part, over all rows
   Saved saved;
   std::vector<BackwardSlice> layer_slices;
-  std::vector<BackwardBlock> blocks;  // beside layer_slices; empty when a slice is a whole layer
-  int32_t slices_left = 0;            // of backward
-  int32_t rank = 0;                   // largest of its adapters
-  int64_t forwarded = 0;              // rows whose forward is complete
+  std::vector<BackwardBlock> blocks;                     // beside layer_slices; empty when a slice is a whole layer
+  int32_t slices_left = 0;                               // of backward
+  int32_t rank = 0;                                      // largest of its adapters
+  int64_t forwarded = 0;                                 // rows whose forward is complete
   std::vector<std::shared_ptr<AdapterWeights>> weights;  // of each training group
   std::vector<int64_t> jobs;
   std::vector<AdapterPtr> drop;  // adapters whose gradients are dropped when it ends (cancelled jobs)

@@ -61,9 +61,7 @@ void Engine::Impl::finish_record(Request& r) const {
     const auto tokens = static_cast<double>(result.token_ids.size());
     if (tokens > 1) result.tpot_seconds = (r.last_token - r.first_token) / (tokens - 1);
   }
-  const double wanted = r.deadline >= 0      ? r.deadline
-                        : options.latency ? r.submitted + options.latency->ttft_ms * 1e-3
-                                          : -1;
+  const double wanted = r.deadline >= 0 ? r.deadline : options.latency ? r.submitted + options.latency->ttft_ms * 1e-3 : -1;
   result.deadline_met = wanted < 0 || (r.first_token >= 0 ? r.first_token : end) <= wanted;
 }
 
@@ -82,12 +80,18 @@ void Engine::Impl::observe(const Plan& plan, double begin, double planned) {
   if (!trace) return;
   trace->event("plan", begin, planned, {});
   trace->event("step", begin, end,
-               {{"train_rows", double(plan.rows[0])}, {"eval_rows", double(plan.rows[1])}, {"prefill_rows", double(plan.rows[2])},
-                {"decode_rows", double(plan.rows[3])}, {"slices", c.work.slices}, {"predicted_ms", predicted * 1e3},
-                {"measured_ms", seconds * 1e3}, {"target_ms", plan.seconds * 1e3}});
+               {{"train_rows", double(plan.rows[0])},
+                {"eval_rows", double(plan.rows[1])},
+                {"prefill_rows", double(plan.rows[2])},
+                {"decode_rows", double(plan.rows[3])},
+                {"slices", c.work.slices},
+                {"predicted_ms", predicted * 1e3},
+                {"measured_ms", seconds * 1e3},
+                {"target_ms", plan.seconds * 1e3}});
   const PlannerStats queues = c.planner.stats();
-  trace->counter("queues", end,
-                 {{"waiting", double(queues.waiting)}, {"running", double(queues.running)}, {"examples", double(queues.queued_examples)}});
+  trace->counter(
+      "queues", end,
+      {{"waiting", double(queues.waiting)}, {"running", double(queues.running)}, {"examples", double(queues.queued_examples)}});
 }
 
 void Engine::Impl::publish() {
@@ -106,7 +110,7 @@ void Engine::Impl::publish() {
   s.arena_bytes = static_cast<int64_t>(c.saved_storage.bytes() + c.scratch_storage.bytes());
   s.deadlines_met = planner.deadlines_met;
   s.deadlines_missed = planner.deadlines_missed + s.rejected_requests;
-  if (now() - numbers_published >= kNumbersEvery || numbers_published < 0) {
+  if (now() - numbers_published >= kNumbersEvery || numbers_published < 0 || !c.planner.has_work()) {
     numbers_published = now();
     s.prediction_error_median = c.cost.error_quantile(0.5);
     s.prediction_error_p95 = c.cost.error_quantile(0.95);

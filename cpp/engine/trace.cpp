@@ -25,8 +25,8 @@ Trace::Trace(const std::string& path) : out_(path, std::ios::trunc) {
 Trace::~Trace() { out_ << "\n]}\n"; }
 
 void Trace::open(const char* name, char phase, double when) {
-  out_ << (first_ ? "" : ",\n") << "{\"name\":\"" << name << "\",\"ph\":\"" << phase << "\",\"pid\":1,\"tid\":1,\"ts\":"
-       << number("%.3f", when * 1e6);
+  out_ << (first_ ? "" : ",\n") << "{\"name\":\"" << name << "\",\"ph\":\"" << phase
+       << "\",\"pid\":1,\"tid\":1,\"ts\":" << number("%.3f", when * 1e6);
   first_ = false;
 }
 

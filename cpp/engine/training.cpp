@@ -1,8 +1,9 @@
-// Training in pieces: a micro-batch begins, its chunks run as part of a step's batch or layer by layer, its backward slice by slice.
+// Training in pieces: a micro-batch begins, its chunks run as part of a step's batch or layer by layer, its backward slice by
+// slice.
 //
-// With a latency target (or slice_rows) the engine looks between two pieces whether a request has come, and ends the step's training
-// when one has. A device that works asynchronously is at most kAhead pieces behind the host, so what is launched already and cannot
-// be taken back is a matter of two slices.
+// With a latency target (or slice_rows) the engine looks between two pieces whether a request has come, and ends the step's
+// training when one has. A device that works asynchronously is at most kAhead pieces behind the host, so what is launched already
+// and cannot be taken back is a matter of two slices.
 #include <algorithm>
 
 #include "core/random.h"
@@ -84,8 +85,8 @@ void Engine::Impl::run_chunk(const BatchView& view, Arena& scratch) {
   c.model.forward_heads(view, c.micro->saved, 0, std::ssize(view.chunks), scratch);
 }
 
-// A chunk alone, or the rest of one that stopped: at most plan.forward_slices layers and head chunks. Its arrays are built anew each
-// time, to the same places; what it has in Saved and in its results stays.
+// A chunk alone, or the rest of one that stopped: at most plan.forward_slices layers and head chunks. Its arrays are built anew
+// each time, to the same places; what it has in Saved and in its results stays.
 void Engine::Impl::run_forward_slices(const Plan& plan, const StepContext& context, StepOutcome& outcome) {
   Core& c = *core;
   MicroBatch& micro = *c.micro;

@@ -55,9 +55,9 @@ StepWork Planner::State::work_with(double rows, double pairs, double heads, doub
   StepWork work = work_rest;
   work.add_forward(work_rows + rows);
   work.train_pairs += pairs;
-  work.head_rows = sample_heads + loss_heads + heads;
-  work.train_head_rows = train_heads + with_gradient;
-  work.head_passes = passes(sample_heads) + passes(loss_heads + heads - with_gradient) + passes(with_gradient);
+  work.head_rows += sample_heads + loss_heads + heads;  // beside those of forward slices
+  work.train_head_rows += train_heads + with_gradient;
+  work.head_passes += passes(sample_heads) + passes(loss_heads + heads - with_gradient) + passes(with_gradient);
   work.adapter_bytes = static_cast<double>(limits.bytes_claimed);
   return work;
 }
@@ -145,15 +145,19 @@ bool Planner::State::interruptible(const Plan& plan) const {
   return !overdue_training && config.goal && config.goal->ttft < kPatience * config.goal->tpot;
 }
 
-// Beside prompts that would fill every step, training that was passed over too long keeps a place: a chunk shares a step with at
-// most slack_rows others.
-int64_t Planner::State::rows_kept_for_training() const {
-  const auto room = static_cast<int64_t>(config.slack_rows - work_rows);
-  if (!must_train || room < 0 || training.backward_slices_left() > 0 || training.stopped_chunk() > 0) return 0;
-  return limits.rows_left - std::clamp<int64_t>(limits.rows_left - kSmallestChunk, 0, room);
+void Planner::State::train_in_pieces() {
+  plan_pieces();
+  if (training.composed() && !training.has_chunk()) training.drop_composition();  // none of it fits this step
 }
 
-void Planner::State::train_in_pieces() {
+// A chunk has room for slack_rows other rows beside it. When training must go on, the others leave it that: how many rows they do
+// not get.
+int64_t Planner::State::rows_held() const {
+  const bool chunk = training.composed() || training.waits_for_chunk();
+  return must_train && chunk ? std::max<int64_t>(0, limits.rows_left - config.slack_rows) : 0;
+}
+
+void Planner::State::plan_pieces() {
   const bool serves = work_rows > 0;
   if (limits.rows_left > 0 && !(skip_evaluation && training.could_train())) evaluate();
   const MicroRows::Piece evaluated = training.evaluation();  // an overdue one may have come before
@@ -167,10 +171,7 @@ void Planner::State::train_in_pieces() {
   if (yields && !must_train) return;
   const double limit = !serves ? alone_seconds : yields ? 0 : train_seconds;
   if (training.may_train()) {
-    if (limits.rows_left <= 0 || work_rows > config.slack_rows) {
-      if (training.composed()) training.drop_composition();
-      return;
-    }
+    if (limits.rows_left <= 0 || work_rows > config.slack_rows) return;
     training.compose(limits, composition_rows(), false);
     if (!training.composed()) return;
   } else if (!training.claim_micro(limits)) {
@@ -178,7 +179,6 @@ void Planner::State::train_in_pieces() {
   }
   const bool forwarded = training.backward_slices_left() > 0;
   if (forwarded || plan_forward(alone, limit)) plan_backward(limit, !forwarded);
-  if (training.composed() && !training.has_chunk()) training.drop_composition();
 }
 
 // Whole examples, as many as fit.
@@ -330,7 +330,10 @@ StepWork Planner::State::work_of(const Plan& plan, const StepOutcome& outcome) c
       work.train_pairs += piece.pairs * share;
       work.slices += forward_ran;
     }
-    if (!cut || forward_done) gradients += piece.heads;
+    // Of a chunk in slices: the head chunks that its slices behind the layers were.
+    const auto heads_by = [&](int32_t slice) { return std::clamp((slice - layers) * kHeadSlice, 0, piece.heads); };
+    const bool all = !cut || (forward_done && outcome.forward_slices >= 0);
+    gradients += (all ? piece.heads : heads_by(from + forward_ran)) - (cut ? heads_by(from) : 0);
   }
   work.add_forward(rows);
   work.head_rows = samples + losses + gradients;

@@ -100,9 +100,10 @@ struct Planner::State {
   void note_token(PlannedRequest& request, double when);
 
   // ---- training in pieces
-  int64_t rows_kept_for_training() const;
   bool interruptible(const Plan& plan) const;
   void train_in_pieces();
+  void plan_pieces();
+  int64_t rows_held() const;
   void evaluate();
   bool plan_forward(bool alone, double limit);  // true: with this step all rows of the micro-batch are forwarded
   void plan_backward(double limit, bool forward_planned);

@@ -33,14 +33,14 @@ Plan Planner::State::plan(const StepBudget& budget) {
   set_time(budget);
   serve_overdue();
   overdue_training = must_train;
+  const int64_t held = rows_held();
+  limits.rows_left -= held;
   if (limits.rows_left > 0) {
     serve_decodes();
-    const int64_t kept = rows_kept_for_training();
-    limits.rows_left -= kept;
     serve_prompts();
-    limits.rows_left += kept;
     unblock_prompt();
   }
+  limits.rows_left += held;
   if (config.slice_rows == 0) {
     training.run_backward(limits);
     training.serve(limits);

@@ -122,6 +122,7 @@ void TrainQueues::touch(TrainQueue& queue) {
   queue.plan_cursor = queue.cursor;
   queue.plan_deficit = queue.deficit;
   queue.served = queue.missed = false;
+  queue.turn = 0;
   touched_.push_back(&queue);
 }
 
@@ -193,6 +194,7 @@ void TrainQueues::serve_lists(StepLimits& limits, std::initializer_list<std::lis
   };
   const auto earn = [&](TrainQueue& queue) {
     touch(queue);
+    queue.turn = ++turns_;
     queue.plan_deficit = std::min(queue.plan_deficit + quantum_of(queue), config_.max_batch_tokens);
   };
   bool full = false;                          // somebody's next example does not fit the rows that are left
@@ -416,6 +418,8 @@ std::vector<int64_t> TrainQueues::commit(const Plan& plan, const StepOutcome& ou
     if (!jobs_.at(id).train || ends) completed.push_back(id);
   }
   if (ends) finish_micro_batch();
+  // Where the last round of turns was cut off, the next one goes on: else who comes first in a round would have more of them.
+  std::ranges::stable_sort(touched_, {}, &TrainQueue::turn);
   for (TrainQueue* queue : touched_) {
     queue->deficit = queue->plan_deficit;  // also of who found no room: it comes first next time
     refresh(*queue, queue->served);

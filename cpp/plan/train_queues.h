@@ -43,6 +43,7 @@ struct TrainQueue {
   std::deque<PlannedJob*> jobs;  // in order of arrival; those before `cursor` are all in the micro-batch
   size_t cursor = 0;             // first job with an example to compute
   double weight = 1;
+  int64_t turn = 0;     // of the open plan: number of its last turn
   int64_t deficit = 0;  // rows it may take before its turn ends
   int64_t passed = 0;   // steps in which it was next in turn or looked at, and got nothing
   std::list<TrainQueue>* list = nullptr;
@@ -94,6 +95,7 @@ class TrainQueues {
   int32_t stopped_slices_left(int32_t all) const { return std::max(1, all - micro_.stopped_slices); }
   int32_t max_slices() const { return max_slices_; }
   int32_t stopped_slices() const { return micro_.stopped_slices; }
+  bool waits_for_chunk() const { return micro_.under_way() && micro_.stopped == 0 && micro_.forwarded < micro_.rows.rows; }
   bool has_chunk() const { return chunk_now_ > 0; }
   bool evaluates() const { return !evaluation_.empty(); }
   void serve_oldest_evaluation(StepLimits& limits) { take(evaluation_.front(), limits, true); }
@@ -143,6 +145,7 @@ class TrainQueues {
   MicroBatch micro_;
   std::multiset<double> weights_;  // of all queues
   int64_t queued_ = 0;
+  int64_t turns_ = 0;
   // Of the open plan.
   uint64_t serial_ = 0;
   std::vector<Taken> taken_;
