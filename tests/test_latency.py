@@ -1,5 +1,5 @@
-"""Latency targets from Python, on the CPU: serving keeps its time while training takes the rest, a burst takes over at once, shares
-follow weights. Times are the machine's own: bounds are wide enough for a busy one, and compared with what the engine itself measured."""
+"""Latency targets from Python, on the CPU: serving keeps its time while training takes the rest, a burst takes over at once,
+shares follow weights. Times are the machine's own and compared with what the same machine does without a target."""
 
 import json
 import statistics

@@ -55,7 +55,7 @@ StepWork Planner::State::work_with(double rows, double pairs, double heads, doub
   StepWork work = work_rest;
   work.add_forward(work_rows + rows);
   work.train_pairs += pairs;
-  work.head_rows += sample_heads + loss_heads + heads;  // beside those of forward slices
+  work.head_rows += sample_heads + loss_heads + heads;
   work.train_head_rows += train_heads + with_gradient;
   work.head_passes += passes(sample_heads) + passes(loss_heads + heads - with_gradient) + passes(with_gradient);
   work.adapter_bytes = static_cast<double>(limits.bytes_claimed);
@@ -95,7 +95,8 @@ double Planner::State::prefill_seconds(double begin, double rows) const {
 
 // Prompts of one priority whose deadline is near, the earliest first. Their rows count against their adapter's turns.
 void Planner::State::serve_urgent(PromptLevel& level) {
-  if (urgent.empty() || !config.goal) return;
+  if (urgent.empty()) return;
+  const double near = config.goal ? kUrgentShare * config.goal->ttft : std::numeric_limits<double>::infinity();
   PlannedRequest first;
   first.priority = level.priority;
   first.deadline = -1;
@@ -107,7 +108,7 @@ void Planner::State::serve_urgent(PromptLevel& level) {
       continue;
     }
     if (limits.rows_left == 0 || prompt_time_over) return;
-    if (r.deadline - now - prefill_seconds(r.computed, r.length() - r.computed) > kUrgentShare * config.goal->ttft) return;
+    if (r.deadline - now - prefill_seconds(r.computed, r.length() - r.computed) > near) return;
     ++it;
     // Credit first: an adapter that floods always has prompts whose deadline is the next.
     PromptQueue& queue = prompts.queue_of(r);

@@ -5,6 +5,10 @@
 // Varghese 1995); then training and evaluation rows with what is left of the row budget. Limits: rows, running sequences, KV pages,
 // bytes of the distinct adapters in one step.
 //
+// With slice_rows training comes in pieces: a micro-batch is composed at once (its examples by weight between adapters), its
+// forward is in chunks of rows over several steps, its backward in slices. With a goal, a step is filled to the time its decodes
+// have, by the cost model and time that is handed in (fill.cpp).
+//
 // Nothing starves. Of each sort (decode, prompt, backward, example) the one that is next in turn and was passed over
 // `starvation_steps` times goes before everything else of a step, the longest passed-over first; so an adapter that does not fit
 // beside those in use gets its turn in the pool. An example longer than a step's row budget then gets a longer step (never above
