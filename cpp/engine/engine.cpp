@@ -108,8 +108,7 @@ Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options
   slice_rows = options.slice_rows > 0 ? static_cast<int32_t>(std::min<int64_t>(options.slice_rows, options.max_batch_tokens))
                : options.latency      ? slice_rows_for(shape, rates, options.max_batch_tokens)
                                       : 0;
-  const int64_t slack = std::max(std::min<int64_t>(options.max_batch_tokens / 8, 1024), options.max_sequences + 64);
-  slack_rows = static_cast<int32_t>(std::min(slack, options.max_batch_tokens));
+  slack_rows = slack_rows_for(options.max_batch_tokens, options.max_sequences);
   plan.slice_rows = slice_rows;
   plan.slack_rows = slack_rows;
   plan.rerun = recompute == Recompute::layer;
