@@ -2,6 +2,8 @@
 
     python benchmarks/model.py --out benchmarks/results/model.json         # every case
     python benchmarks/model.py --cases train,decode --profile              # some, with the kernels' times
+    python benchmarks/model.py --cases latency --tpot-ms 30                # training beside live decodes under a target
+    python benchmarks/model.py --side peft                                 # transformers + PEFT on the same GPU
 
 Random bf16 weights; rank 16 on all seven linears. A case is a few warm steps, then the median of the measured ones (wall time of
 step() calls, which end when the results are on the host). Ceilings (copy bandwidth, a large product) are measured by torch in the
@@ -15,6 +17,7 @@ import argparse
 import functools
 import json
 import statistics
+import threading
 import time
 from pathlib import Path
 
@@ -33,7 +36,7 @@ SHAPES = {
 }  # fmt: skip
 RANK = 16
 ADAPTERS = 64
-CASES = ("train", "decode", "prefill", "mixed")
+CASES = ("train", "decode", "prefill", "mixed", "latency")
 
 
 def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -109,6 +112,10 @@ class Bench:
         model = lq.BaseModel.from_state_dict(self.config, random_weights(self.config, "cuda"))
         made = time.perf_counter()
         options = dict(kv_cache_tokens=80 * 1024, adapter_pool_bytes=7 << 30, max_sequences=256, max_batch_tokens=8192)
+        if args.tpot_ms:
+            options["latency"] = lq.LatencyTarget(ttft_ms=1000, tpot_ms=args.tpot_ms)
+        if args.trace:
+            options["trace_path"] = str(args.trace)
         self.engine = lq.Engine(model, device="cuda", prefix_caching=False, **options)
         self.figures["engine_start_s"] = time.perf_counter() - made
         self.figures["weights_made_s"] = made - begin
@@ -260,14 +267,187 @@ class Bench:
             self.drain()
         self.note("mixed_over_training_alone", times[64] / times[0])
 
+    # ------------------------------------------------------------ training beside live decodes
+
+    def submit_trainers(self, trainers: int, length: int = 2048, accumulate: int = 4) -> None:
+        """One mini-batch of packed sequences with its update, for each trainer."""
+        for a in range(trainers):
+            examples = [self.lq.Example(input_ids=self.ids(length + 1, 50 * a + i)) for i in range(accumulate)]
+            self.engine.submit_train(f"a{60 + a}", examples, optimizer=self.lq.AdamW(lr=1e-4))
+
+    def latency(self) -> None:
+        for trainers in (1, 4):
+            rate = self.training_rate(trainers, seconds=4)
+            self.note(f"latency_train_alone_{trainers}_tok_s", rate)
+            for decodes in (32, 64):
+                shares, tpots = [], []
+                self.start_decodes(decodes, 8, 512, 280)
+                last: dict[int, float] = {}
+                trained, begin, queued, warm = 0, None, 0, 40
+                while True:
+                    while queued < 2 * trainers:
+                        self.submit_trainers(trainers)
+                        queued += trainers
+                    result = self.engine.step()
+                    now = time.perf_counter()
+                    queued -= len(result.trained)
+                    warm -= bool(result.tokens)
+                    if warm == 0 and begin is None and result.tokens:
+                        begin, rows = now, self.engine.stats().train_tokens
+                    for token in result.tokens:
+                        if begin is not None and token.request_id in last:
+                            tpots.append(now - last[token.request_id])
+                        last[token.request_id] = now
+                    if result.finished:
+                        break
+                seconds = now - begin
+                trained = self.engine.stats().train_tokens - rows
+                shares.append(trained / seconds / rate)
+                tpots.sort()
+                name = f"latency_{decodes}_decodes_{trainers}_trainers"
+                self.note(name + "_tpot_p50_ms", 1e3 * tpots[len(tpots) // 2])
+                self.note(name + "_tpot_p99_ms", 1e3 * tpots[int(len(tpots) * 0.99)])
+                self.note(name + "_training_share", statistics.mean(shares))
+                self.drain()
+        stats = self.engine.stats()
+        self.note("latency_prediction_error_median", stats.prediction_error_median)
+        self.note("latency_prediction_error_p95", stats.prediction_error_p95)
+        self.burst()
+
+    def training_rate(self, trainers: int, seconds: float) -> float:
+        """Rows of forward a second, a whole number of mini-batches in."""
+        self.submit_trainers(trainers)
+        self.drain()
+        begin, rows = time.perf_counter(), 0
+        while time.perf_counter() - begin < seconds:
+            self.submit_trainers(trainers)
+            self.drain()
+            rows += trainers * 4 * 2048
+        return rows / (time.perf_counter() - begin)
+
+    def burst(self) -> None:
+        """100 requests from another thread into training at full speed: how soon the first of them is in a forward pass."""
+        self.submit_trainers(4)
+        sampling = self.lq.SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+
+        def submit() -> None:
+            time.sleep(0.5)
+            for i in range(100):
+                self.engine.submit_infer(self.ids(64, 900 + i), adapter=f"a{i % 8}", sampling=sampling)
+
+        thread = threading.Thread(target=submit)
+        thread.start()
+        finished = []
+        while self.engine.has_work() or thread.is_alive():
+            finished += self.engine.step().finished
+        thread.join()
+        self.note("burst_first_forward_ms", 1e3 * min(r.queue_seconds for r in finished))
+        self.note("burst_ttft_p99_ms", 1e3 * sorted(r.ttft_seconds for r in finished)[98])
+
+
+class Peft:
+    """transformers + PEFT: training as installed and tuned by hand (bf16 adapters, cuDNN attention, head and loss in chunks), and
+    decode steps of mixed adapters."""
+
+    def __init__(self, args) -> None:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.torch, self.args, self.figures = torch, args, {}
+        fields = {k: v for k, v in SHAPES[args.shape].items() if k not in ("model_type", "architectures", "torch_dtype")}
+        config = LlamaConfig(**fields, dtype=torch.bfloat16, attn_implementation="sdpa")
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("cuda"):
+            base = LlamaForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+        self.lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+        self.get = lambda tuned: get_peft_model(base, self.lora, adapter_name="a0", autocast_adapter_dtype=not tuned)
+        self.base = base
+
+    def note(self, name: str, value: float) -> None:
+        self.figures[name] = value
+        print(f"{name:44s} {value:12.3f}", flush=True)
+
+    def train(self) -> None:
+        torch = self.torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        def chunked_loss(model, ids):
+            hidden = model.base_model.model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+            targets = ids[:, 1:].flatten()
+            total = 0
+            for at in range(0, len(targets), 2048):
+                logits = torch.utils.checkpoint.checkpoint(
+                    lambda h: self.base.lm_head(h).float(), hidden[at : at + 2048], use_reentrant=False
+                )
+                total = total + torch.nn.functional.cross_entropy(logits, targets[at : at + 2048], reduction="sum")
+            return total / len(targets)
+
+        for tuned in (True, False):
+            model = self.get(tuned)
+            model.train()
+            optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=True)
+            for sequences, length in ((4, 2048), (2, 4096)):
+                ids = torch.randint(0, self.base.config.vocab_size, (sequences, length), device="cuda")
+                torch.cuda.reset_peak_memory_stats()
+
+                def step(model=model, optimizer=optimizer, ids=ids, tuned=tuned) -> None:
+                    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
+                        loss = chunked_loss(model, ids) if tuned else model(input_ids=ids, labels=ids, use_cache=False).loss
+                        loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    loss.item()
+
+                times = []
+                for i in range(2 + self.args.repeats):
+                    begin = time.perf_counter()
+                    step()
+                    if i >= 2:
+                        times.append(time.perf_counter() - begin)
+                name = f"peft_{'tuned' if tuned else 'installed'}_{sequences}x{length}"
+                self.note(name + "_tok_s", sequences * length / statistics.median(times))
+                self.note(name + "_memory_gib", torch.cuda.max_memory_reserved() / 2**30)
+            model.unload()
+            del optimizer, model
+            torch.cuda.empty_cache()
+
+    def decode(self) -> None:
+        torch = self.torch
+        from transformers import DynamicCache
+
+        model = self.get(True)
+        for i in range(1, 16):
+            model.add_adapter(f"a{i}", self.lora)
+        model.to(dtype=torch.bfloat16).eval()
+        with torch.inference_mode():
+            for sequences, adapters in ((64, 1), (64, 8), (64, 16), (16, 16)):
+                cache = DynamicCache()
+                ids = torch.randint(0, self.base.config.vocab_size, (sequences, 512), device="cuda")
+                names = [f"a{i % adapters}" for i in range(sequences)]
+                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                times = []
+                for i in range(2 + self.args.repeats):
+                    begin = time.perf_counter()
+                    out = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, adapter_names=names)
+                    out.logits.argmax(-1).tolist()
+                    if i >= 2:
+                        times.append(time.perf_counter() - begin)
+                self.note(f"peft_decode_{sequences}x{adapters}_ms", statistics.median(times) * 1e3)
+        model.unload()
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
-    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--cases", default="train,decode,prefill,mixed", help=f"some of {', '.join(CASES)}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--kernels", type=int, default=24, help="rows of a profile")
+    parser.add_argument("--side", choices=("loquetier", "peft"), default="loquetier")
+    parser.add_argument("--tpot-ms", type=float, help="the engine's latency target, time per output token")
+    parser.add_argument("--trace", type=Path, help="a Chrome trace of every step")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     cases = args.cases.split(",")
@@ -278,12 +458,12 @@ def main() -> None:
 
     found = ceilings()
     print(f"{torch.cuda.get_device_name()}: {found['product_tflops']:.0f} TFLOP/s, {found['copy_gbs']:.0f} GB/s", flush=True)
-    bench = Bench(args)
-    bench.figures.update(found)
-    for name in ("engine_start_s", "weights_made_s", "adapters_made_s"):
-        print(f"{name:44s} {bench.figures[name]:12.3f}", flush=True)
+    bench = Bench(args) if args.side == "loquetier" else Peft(args)
+    for name, value in {**found, **bench.figures}.items():
+        bench.note(name, value)
     for case in cases:
-        getattr(bench, case)()
+        if args.side == "loquetier" or case in ("train", "decode"):
+            getattr(bench, case)()
     if args.out:
         record = {
             "benchmark": "model", "commit": common.commit(), "gpu": torch.cuda.get_device_name(), "versions": common.versions(),

@@ -49,6 +49,7 @@ void bind_errors(py::module_& m);
 void bind_options(py::module_& m);
 void bind_results(py::module_& m);
 void bind_engine(py::module_& m);
+void bind_simulator(py::module_& m);
 
 // ---- convert.cpp. `where` names the argument in errors: TypeError for a wrong type, InvalidArgument for a wrong value.
 std::vector<int32_t> to_ids(py::handle value, const std::string& where);

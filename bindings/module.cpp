@@ -9,6 +9,7 @@ PYBIND11_MODULE(_native, m) {
   bind_options(m);
   bind_results(m);
   bind_engine(m);
+  bind_simulator(m);
   m.def("build_report", &loquetier::build_report, py::call_guard<py::gil_scoped_release>(),
         "What this build can do: version, CPU features, whether a CUDA library is built, found and usable.");
 }

@@ -24,14 +24,12 @@ struct ReduceArgs {
 template <class T, int MT, int NT, Product kProduct, bool kFast>
 __global__ void __launch_bounds__(kLoraThreads) reduce_kernel(ReduceArgs a) {
   extern __shared__ float shared[];
-  wait_for_previous();  // before the next launch may start: the decode product relies on x being there when it begins
-  let_next_start();
   auto cluster = cooperative_groups::this_cluster();
   const int cluster_size = static_cast<int>(cluster.num_blocks()), cluster_rank = static_cast<int>(cluster.block_rank());
   const Tile tile = find_tile(a.call, NT * 8, static_cast<int>(blockIdx.x) / cluster_size);
-  if (tile.group < 0) return;
+  if (tile.group < 0) return start_after_previous();
   const LoraGroup& group = a.call.groups[tile.group];
-  if (kProduct != Product::backward && (group.dropout > 0) != (kProduct == Product::shrink_dropout)) return;
+  if (kProduct != Product::backward && (group.dropout > 0) != (kProduct == Product::shrink_dropout)) return start_after_previous();
   __shared__ LoraSite site;
   fetch_site(tile.sites + a.call.site, site);
   __syncthreads();
@@ -70,7 +68,7 @@ __global__ void __launch_bounds__(kLoraThreads) reduce_kernel(ReduceArgs a) {
       scale = 1.0f / (1.0f - group.dropout);
     }
   }
-  if (r.rank_begin >= r.rank) return;
+  if (r.rank_begin >= r.rank) return start_after_previous();
   r.p = static_cast<const uint16_t*>(a.p) + tile.row * a.ld_p + p_column;
   reduce_k<T, MT, NT, kProduct == Product::shrink_dropout, kProduct == Product::backward, kFast,
            steps_ahead<MT, NT, kProduct == Product::shrink_dropout, kFast>()>(r, cluster_rank, cluster_size, shared);

@@ -36,12 +36,12 @@ struct ReduceStep {
   uint4 low[MT], high[MT];  // ranks g and g + 8
 };
 
-template <int MT, int NT, bool kDropout, bool kTransposed, bool kFast>
-__device__ inline void load_step(const Reduction& r, int k0, ReduceStep<MT, NT>& step) {
+// Fast: no predicates. Rows and ranks past the end repeat the last one (their sums are not used), and past the end of k only P is
+// made zero.
+template <int MT, int NT, bool kDropout, bool kFast>
+__device__ inline void load_rows(const Reduction& r, int k0, ReduceStep<MT, NT>& step) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const int k = k0 + 8 * q;
-  // Fast: no predicates. Rows and ranks past the end repeat the last one (their sums are not used), and past the end of k only P is
-  // made zero.
   const bool whole = !kFast || k0 + 32 <= r.k;  // the same for the whole warp
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
@@ -51,6 +51,12 @@ __device__ inline void load_step(const Reduction& r, int k0, ReduceStep<MT, NT>&
     if (whole || k < r.k) step.p[n] = load8<kFast>(static_cast<const uint16_t*>(r.p) + row * r.ld_p, k, kFast ? k + 1 : r.k);
     if constexpr (kDropout) step.p[n] = masked(step.p[n], keep8(r.row_keys[row], r.stream, k, r.dropout));
   }
+}
+
+template <int MT, int NT, bool kTransposed, bool kFast>
+__device__ inline void load_matrix(const Reduction& r, int k0, ReduceStep<MT, NT>& step) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
+  const int k = k0 + 8 * q;
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
     const int rank = r.rank_begin + m * 16;
@@ -117,6 +123,13 @@ __host__ __device__ constexpr int steps_ahead() {
   return MT <= 3 && !kDropout ? 2 : 1;
 }
 
+// Waits for the launch in front, and only then lets the next one begin: the decode product (linear_decode.cu) relies on x being
+// there when it starts behind a shrink. Every thread of every block passes it, also of blocks without a tile.
+__device__ inline void start_after_previous() {
+  wait_for_previous();
+  let_next_start();
+}
+
 // Sums the product over the cluster's share of k. Afterwards `shared` holds, in the first MT * NT * 128 floats of every block of
 // the cluster, that block's partial sums: element ((m * NT + n) * 4 + i) * 32 + lane of fragment c[i]. The caller synchronises the
 // cluster before reading.
@@ -126,15 +139,18 @@ __device__ inline void reduce_k(const Reduction& r, int cluster_rank, int cluste
   const int n_tiles = (r.rows + 7) / 8;
   const int workers = kLoraWarps * cluster_size, worker = cluster_rank * kLoraWarps + warp;
   float sum[MT][NT][4] = {};
+  if (worker * 64 >= r.k) start_after_previous();  // no piece of k for this warp
   // Step s of this worker: half s % 2 of its piece s / 2.
   const auto k_of = [&](int s) { return (worker + (s / 2) * workers) * 64 + (s % 2) * 32; };
 #pragma unroll 1
   for (int s = 0; k_of(s) < r.k; s += kAhead) {
     ReduceStep<MT, NT> step[kAhead];
+    // The matrix is an adapter's and does not change while steps are computed: its loads need not wait for the launch in front.
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      load_step<MT, NT, kDropout, kTransposed, kFast>(r, k_of(s + i), step[i]);
-    }
+    for (int i = 0; i < kAhead; ++i) load_matrix<MT, NT, kTransposed, kFast>(r, k_of(s + i), step[i]);
+    if (s == 0) start_after_previous();
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load_rows<MT, NT, kDropout, kFast>(r, k_of(s + i), step[i]);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) multiply_step<T, MT, NT, kTransposed>(step[i], n_tiles, sum);
   }

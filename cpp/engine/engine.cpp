@@ -128,7 +128,7 @@ Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options
   plan.adapter_pool_bytes = memory.adapter_pool_bytes;
   plan.num_layers = static_cast<int32_t>(config.num_layers);
   plan.prefix_caching = options.prefix_caching;
-  plan.slack_rows = slack_rows = static_cast<int32_t>(chunk_slack(options));
+  plan.slack_rows = slack_rows = slack_rows_for(options.max_batch_tokens, options.max_sequences);
   plan.rerun = recompute == Recompute::layer;
   plan.mlp_share = mlp_share(config);
   if (options.latency) plan.goal = LatencyGoal{options.latency->ttft_ms * 1e-3, options.latency->tpot_ms * 1e-3};

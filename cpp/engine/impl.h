@@ -165,7 +165,7 @@ struct Engine::Impl {
   // training in pieces (training.cpp)
   static constexpr size_t kAhead = 2;
   bool interrupted() const;
-  bool stop_before_piece();
+  bool stop_before_piece(const Plan& plan);
   void launched_piece(const char* name, double begin);
   void begin_micro_batch(const Plan& plan, const WeightTableOfStep& weights);
   void end_micro_batch();

@@ -45,13 +45,16 @@ size_t tables_bytes(const ModelConfig& config, const EngineOptions& options, int
          AdapterPool::tables_bytes(table_slots(options), static_cast<size_t>(site_count(config)) * sizeof(LoraSite));
 }
 
+// Rows beside a chunk of training that Saved has room for.
+int64_t slack_of(const EngineOptions& options) { return slack_rows_for(options.max_batch_tokens, options.max_sequences); }
+
 // Scratch of steps with training rows, whatever the ranks: of those saved, and of those beside.
 size_t train_scratch_bytes(const ModelConfig& config, const EngineOptions& options, DType dtype) {
   const int64_t train = train_tokens(options), columns = stacked_rank(options);
   const Recompute recompute = recompute_of(options);
   if (train == 0) return 0;
   if (!trains_in_pieces(options)) return Model::scratch_bytes(config, dtype, train, train, train, columns, recompute);
-  const int64_t rows = std::min(train + chunk_slack(options), options.max_batch_tokens);
+  const int64_t rows = std::min(train + slack_of(options), options.max_batch_tokens);
   size_t bytes = 0;
   for (const int64_t saved_rank : {int64_t{0}, columns}) {
     const SliceShape shape = {.chunked = true, .block_rows = train, .saved_rank = saved_rank};
@@ -63,7 +66,7 @@ size_t train_scratch_bytes(const ModelConfig& config, const EngineOptions& optio
 size_t train_saved_bytes(const ModelConfig& config, const EngineOptions& options, DType dtype) {
   const int64_t train = train_tokens(options);
   const bool pieces = trains_in_pieces(options);
-  return Model::saved_bytes(config, dtype, train + (pieces ? chunk_slack(options) : 0), train, stacked_rank(options),
+  return Model::saved_bytes(config, dtype, train + (pieces ? slack_of(options) : 0), train, stacked_rank(options),
                             recompute_of(options), pieces);
 }
 
@@ -98,11 +101,6 @@ int64_t train_tokens(const EngineOptions& options) {
 }
 
 bool trains_in_pieces(const EngineOptions& options) { return options.slice_rows > 0 || options.latency.has_value(); }
-
-int64_t chunk_slack(const EngineOptions& options) {
-  const int64_t slack = std::max(std::min<int64_t>(options.max_batch_tokens / 8, 1024), options.max_sequences + 64);
-  return std::min(slack, options.max_batch_tokens);
-}
 
 // One more than the largest rank: what graph_rank() may add.
 int64_t stacked_rank(const EngineOptions& options) { return int64_t{kMaxParts} * (options.max_lora_rank + 1); }

@@ -29,7 +29,6 @@ struct MemoryFacts {
 
 int64_t train_tokens(const EngineOptions& options);   // rows of a step with training rows, or in pieces of a micro-batch
 bool trains_in_pieces(const EngineOptions& options);  // slice_rows > 0: as asked, or from the device's speed
-int64_t chunk_slack(const EngineOptions& options);    // rows beside a chunk of training that Saved has room for
 int64_t stacked_rank(const EngineOptions& options);   // columns of S that a step may need
 size_t table_slots(const EngineOptions& options);     // adapters whose site tables have room from the start
 OpsLimits ops_limits(const ModelConfig& config, const EngineOptions& options);

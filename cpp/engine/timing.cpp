@@ -69,4 +69,9 @@ int32_t slice_rows_for(const ModelShape& shape, const DeviceRates& rates, int64_
   return static_cast<int32_t>(std::min(rows, max_rows));
 }
 
+int32_t slack_rows_for(int64_t max_batch_tokens, int64_t max_sequences) {
+  const int64_t slack = std::max(std::min<int64_t>(max_batch_tokens / 8, 1024), max_sequences + 64);
+  return static_cast<int32_t>(std::min(slack, max_batch_tokens));
+}
+
 }  // namespace loquetier

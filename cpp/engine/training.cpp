@@ -16,7 +16,7 @@ namespace loquetier {
 bool Engine::Impl::interrupted() const { return slice_rows > 0 && arrivals.load(std::memory_order_relaxed) > 0; }
 
 // Before a piece is launched: true when no more is to be. Waits until the device is not too far behind.
-bool Engine::Impl::stop_before_piece() {
+bool Engine::Impl::stop_before_piece(const Plan& plan) {
   if (slice_rows == 0) return false;
   Device& device = core->ops->device();
   if (core->launched.size() >= kAhead) {
@@ -25,7 +25,7 @@ bool Engine::Impl::stop_before_piece() {
     if (!device.host_addressable()) waiting_seconds += now() - begin;
     core->launched.pop_front();
   }
-  return interrupted();
+  return plan.interruptible && interrupted();
 }
 
 void Engine::Impl::launched_piece(const char* name, double begin) {
@@ -108,7 +108,7 @@ void Engine::Impl::run_forward_slices(const Plan& plan, const StepContext& conte
   outcome.forward_slices = 0;
   outcome.forward_done = false;
   while (outcome.forward_slices < plan.forward_slices && (chunk.layer < layers || chunk.head_chunk < heads)) {
-    if (stop_before_piece()) {
+    if (stop_before_piece(plan)) {
       c.stats.interrupted_steps += 1;
       return;
     }
@@ -146,7 +146,7 @@ bool Engine::Impl::run_backward(const Plan& plan, StepOutcome& outcome) {
     const int32_t index = layers * per_layer - micro.slices_left;
     const int64_t layer = layers - 1 - index / per_layer;
     if (layer >= micro.view.lowest_layer) {
-      if (stop_before_piece()) {
+      if (stop_before_piece(plan)) {
         c.stats.interrupted_steps += 1;
         return false;
       }

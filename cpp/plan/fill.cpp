@@ -19,6 +19,7 @@ constexpr double kMargin = 0.95;        // of the time per token: the rest is fo
 constexpr double kCatchUp = 0.5;        // a step that makes up for late ones still has this share of it
 constexpr double kPromptShare = 0.25;   // of the time to first token: the longest step of prompts alone
 constexpr double kUrgentShare = 0.5;    // of it: with less left a prompt goes before its turn
+constexpr double kPatience = 4;         // times per token: with less to the first one an arrival ends a step early
 constexpr int kUrgentLooks = 64;        // prompts a step looks at in order of deadline, bounds the work when thousands wait
 constexpr int32_t kSmallestChunk = 16;  // training rows worth a place in a step
 constexpr int32_t kHeadSlice = 256;     // head rows of a forward slice
@@ -109,7 +110,10 @@ void Planner::State::serve_urgent(PromptLevel& level) {
     if (limits.rows_left == 0 || prompt_time_over) return;
     if (r.deadline - now - prefill_seconds(r.computed, r.length() - r.computed) > near) return;
     ++it;
-    if (r.planned == 0 && r.state != RequestState::decoding) serve_queue(prompts.queue_of(r), limits.rows_left, false);
+    // Credit first: an adapter that floods always has prompts whose deadline is the next.
+    PromptQueue& queue = prompts.queue_of(r);
+    if ((queue.serial == serial ? queue.plan_deficit : queue.deficit) < 0 && level.ring.size() > 1) continue;
+    if (r.planned == 0 && r.state != RequestState::decoding) serve_queue(queue, limits.rows_left, false);
   }
 }
 
@@ -137,6 +141,11 @@ void Planner::State::note_token(PlannedRequest& r, double when) {
 
 // ---------------------------------------------------------------- training in pieces
 
+bool Planner::State::interruptible(const Plan& plan) const {
+  if (plan.rows[2] + plan.rows[3] == 0 || plan.seconds < 0) return true;
+  return !overdue_training && config.goal && config.goal->ttft < kPatience * config.goal->tpot;
+}
+
 void Planner::State::train_in_pieces() {
   plan_pieces();
   if (training.composed() && !training.has_chunk()) training.drop_composition();  // none of it fits this step
@@ -157,7 +166,11 @@ void Planner::State::plan_pieces() {
   work_rest.train_pairs += evaluated.pairs;
   loss_heads += evaluated.heads;
   const bool alone = work_rows == 0;
-  const double limit = serves ? train_seconds : alone_seconds;
+  // When requests wait until running ones end, and these end the sooner the shorter the steps, training yields: all it has is the
+  // smallest piece when it is overdue.
+  const bool yields = serves && lacks_place && config.goal;
+  if (yields && !must_train) return;
+  const double limit = !serves ? alone_seconds : yields ? 0 : train_seconds;
   if (training.may_train()) {
     if (limits.rows_left <= 0 || work_rows > config.slack_rows) return;
     training.compose(limits, composition_rows(), false);

@@ -55,6 +55,7 @@ struct Planner::State {
   int64_t prompt_pages = 0;       // that admitted prompts need to their end and have not got
   bool wants_more_bytes = false;  // decodes over more adapters than fit
   bool door_closed = false;       // no more admissions in this step
+  bool lacks_place = false;       // a prompt waits for a slot or pages that running requests hold
   bool slices_offered = false;
   // Time (fill.cpp). What is planned so far, but for the pass over all rows and the heads, which depend on all of it.
   StepWork work_rest;
@@ -64,9 +65,10 @@ struct Planner::State {
   double prompt_seconds = -1;  // prompt rows may come up to
   double alone_seconds = -1;   // a step of training alone
   bool prompt_time_over = false;
-  bool prompt_overdue = false;   // one is being served before all else
-  bool must_train = false;       // training was passed over too long: its smallest piece is in the step whatever it costs
-  bool skip_evaluation = false;  // the last step had evaluation rows: training has the next
+  bool prompt_overdue = false;    // one is being served before all else
+  bool must_train = false;        // training was passed over too long: its smallest piece is in the step whatever it costs
+  bool overdue_training = false;  // that was so when the plan began
+  bool skip_evaluation = false;   // the last step had evaluation rows: training has the next
 
   Plan plan(const StepBudget& budget);
   std::vector<int64_t> commit(const Plan& plan, const StepOutcome& outcome);
@@ -98,6 +100,7 @@ struct Planner::State {
   void note_token(PlannedRequest& request, double when);
 
   // ---- training in pieces
+  bool interruptible(const Plan& plan) const;
   void train_in_pieces();
   void plan_pieces();
   int64_t rows_held() const;

@@ -33,6 +33,7 @@ Plan Planner::State::plan(const StepBudget& budget) {
   survey();
   set_time(budget);
   serve_overdue();
+  overdue_training = must_train;
   const int64_t held = rows_held();
   limits.rows_left -= held;
   if (limits.rows_left > 0) {
@@ -63,7 +64,7 @@ void Planner::State::survey() {
   served_queues.clear();
   preempted.clear();
   decode_pages = prompt_pages = 0;
-  door_closed = false;
+  door_closed = lacks_place = false;
   int64_t wanted_bytes = 0;
   for (PlannedRequest* r : running) {
     r->pages_before = r->pages.size();
@@ -257,6 +258,7 @@ Planner::State::Serve Planner::State::serve_queue(PromptQueue& queue, int64_t ma
     if (queue.waiting.empty() || door_closed) return Serve::no_room;
     r = queue.waiting.front();
     const Serve result = admit(*r, aged);
+    lacks_place |= result == Serve::no_slot || result == Serve::no_pages;
     if (result == Serve::no_slot || (result == Serve::no_pages && queue.passed >= config.starvation_steps)) door_closed = true;
     if (result != Serve::served) return result;
   }
@@ -394,6 +396,7 @@ Plan Planner::State::emit() {
   if (config.cost) plan.predicted = config.cost->predict(plan.work);
   const bool alone = plan.rows[2] + plan.rows[3] == 0;
   plan.seconds = alone ? alone_seconds : std::max(train_seconds, plan.rows[3] > 0 ? train_seconds : prompt_seconds);
+  plan.interruptible = interruptible(plan);
   return plan;
 }
 

@@ -75,7 +75,7 @@ void TrainQueues::refresh(TrainQueue& queue, bool served) {
   while (queue.cursor < queue.jobs.size() && queue.jobs[queue.cursor]->next == queue.jobs[queue.cursor]->size()) ++queue.cursor;
   const PlannedJob* job = next_of(queue, queue.cursor);
   std::list<TrainQueue>& list = !job ? blocked_ : job->train ? training_ : evaluation_;
-  if (!job) queue.deficit = 0;
+  if (queue.jobs.empty()) queue.deficit = 0;  // behind a barrier it keeps its credit, or short accumulations lose their share
   if (queue.list == &list && !served) return;
   list.splice(list.end(), *queue.list, queue.place);
   queue.list = &list;
@@ -193,12 +193,19 @@ void TrainQueues::serve_lists(StepLimits& limits, std::initializer_list<std::lis
     const double share = static_cast<double>(config_.max_batch_tokens) / 8 * queue.weight / heaviest;
     return std::max<int64_t>(1, static_cast<int64_t>(share));
   };
-  const auto turn = [&](TrainQueue& queue) {  // true: only its credit ended
+  const auto earn = [&](TrainQueue& queue) {
     touch(queue);
     queue.turn = ++turns_;
     queue.plan_deficit = std::min(queue.plan_deficit + quantum_of(queue), config_.max_batch_tokens);
+  };
+  bool full = false;                          // somebody's next example does not fit the rows that are left
+  std::vector<TrainQueue*> held;              // behind a barrier, with more to come
+  const auto turn = [&](TrainQueue& queue) {  // true: only its credit ended
+    earn(queue);
     Take result = Take::taken;
     while (result == Take::taken && limits.rows_left > 0) result = take(queue, limits, false);
+    full |= result == Take::no_room && limits.fits(*queue.adapter->newest);
+    if (result == Take::nothing && queue.plan_cursor < queue.jobs.size()) held.push_back(&queue);
     return result == Take::no_credit;
   };
   std::vector<TrainQueue*> again;
@@ -219,8 +226,15 @@ void TrainQueues::serve_lists(StepLimits& limits, std::initializer_list<std::lis
       if (listed && queue->serial != serial_ && turn(*queue)) again.push_back(queue);
     }
   }
-  while (!again.empty() && limits.rows_left > 0) {
-    std::erase_if(again, [&](TrainQueue* queue) { return limits.rows_left > 0 && !turn(*queue); });
+  // Rounds end for all alike, and there is none after somebody did not fit: credit that some earn and others do not would shift the
+  // shares.
+  while (!again.empty() && limits.rows_left > 0 && !full) {
+    for (TrainQueue* queue : held) earn(*queue);
+    std::erase_if(again, [&](TrainQueue* queue) {
+      if (limits.rows_left > 0) return !turn(*queue);
+      earn(*queue);
+      return false;
+    });
   }
 }
 

@@ -1,4 +1,4 @@
-"""Command line of the package: `python -m loquetier_core [report [model folder] | demo] [--cmake-dir] [--version]`."""
+"""Command line of the package: `python -m loquetier_core [report [model folder] | demo | simulate] [--cmake-dir] [--version]`."""
 
 import argparse
 import sys
@@ -45,10 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=["report", "demo"],
+        choices=["report", "demo", "simulate"],
         default="report",
         help="report: what this build can do, and how an engine (for the model in a folder, if given) divides the device's "
-        "memory (default); demo: serve and fine-tune a small model",
+        "memory (default); demo: serve and fine-tune a small model; simulate: size a deployment",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -59,6 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
         from .demo import main as demo_main  # it imports more than a report needs
 
         return int(demo_main(options.rest) or 0)
+    if options.command == "simulate":
+        from .sizing.cli import main as simulate_main
+
+        return simulate_main(options.rest)
     if len(options.rest) > 1:
         parser.error(f"report takes at most one argument, a model folder, got {' '.join(options.rest)}")
     print(build_report())

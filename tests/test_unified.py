@@ -1,0 +1,70 @@
+"""benchmarks/unified.py end to end: a short trace on a small random model, every setting, against PEFT too."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "unified.py"
+
+
+def unified(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory) -> tuple[dict, str]:
+    out = tmp_path_factory.mktemp("unified") / "unified.json"
+    done = unified(
+        *"--shape quick --arrivals poisson --rate 20 --requests 8 --prompt 20 --output 8 --max-length 128 --trainers 2".split(),
+        *"--batch 2 --accumulation 2 --train-seconds 1 --warm-seconds 0.5 --limit 20 --seed 5".split(),
+        "--out", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_every_setting_of_every_side(record):
+    figures = record[0]["figures"]
+    assert set(figures) == {"inference", "training", "unified"}
+    for setting, sides in figures.items():
+        assert set(sides) == {"loquetier", "throughput", "peft"}
+        for side, values in sides.items():
+            if setting != "training":
+                assert values["requests"] == 8 and values["unfinished"] == 0, (setting, side)
+                assert 0 < values["ttft_p50"] <= values["ttft_p99"] and 0 < values["tpot_p50"] <= values["tpot_p99"]
+                assert values["attained_ttft_6s"] >= values["attained_ttft_1s"] >= 0
+            if setting != "inference":
+                assert values["training_tokens_per_second"] > 0
+            if setting == "unified":
+                rates = [figures[s][side]["training_tokens_per_second"] for s in ("unified", "training")]
+                assert values["training_share"] == pytest.approx(rates[0] / rates[1], rel=1e-4)
+
+
+def test_every_side_served_the_same_trace(record):
+    records = record[0]["records"]
+    traces = [
+        [(r["arrived"], r["prompt"], r["wanted"]) for r in settings[name]["requests"]]
+        for settings in records.values()
+        for name in ("inference", "unified")
+    ]
+    assert len(traces) == 6 and all(trace == traces[0] for trace in traces)
+    for settings in records.values():
+        for name in ("inference", "unified"):
+            for r in settings[name]["requests"]:
+                assert r["tokens"] == r["wanted"] and r["arrived"] < r["first"] <= r["last"] <= settings[name]["window"] + 1e-6
+
+
+def test_the_table_says_what_ran(record):
+    text = record[1]
+    assert "8 requests" in text and "2 trainers" in text and "of stand-alone training" in text and "peft" in text
+
+
+def test_bad_arguments_are_refused_before_anything_runs():
+    done = unified("--gamma-shape", "0", "--arrivals", "gamma")
+    assert done.returncode != 0 and "[workload] gamma_shape: expected > 0, got 0.0" in done.stderr
+    done = unified("--tpot-ms", "-1")
+    assert done.returncode != 0 and "--tpot-ms: expected > 0" in done.stderr
