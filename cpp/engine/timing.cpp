@@ -24,7 +24,9 @@ DeviceRates measure_rates(Ops& ops, const ModelWeights& weights) {
   const DType dtype = ops.compute_dtype();
   const double per_row = 2.0 * static_cast<double>(w.size());
   const double flops = device.host_addressable() ? kProbeFlops : kDeviceFlops;
-  const auto rows = std::clamp<int64_t>(static_cast<int64_t>(flops / per_row), 1, 4096);
+  // Takes at most half of what is free for the moment.
+  const auto fit = static_cast<int64_t>(device.free_bytes() / 2 / (static_cast<size_t>(w.rows + w.cols) * size_of(dtype)));
+  const auto rows = std::clamp<int64_t>(static_cast<int64_t>(flops / per_row), 1, std::clamp<int64_t>(fit, 1, 4096));
   const Buffer in(device, static_cast<size_t>(rows * w.cols) * size_of(dtype)),
       out(device, static_cast<size_t>(rows * w.rows) * size_of(dtype));
   device.zero(in.data(), in.bytes());

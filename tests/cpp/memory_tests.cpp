@@ -112,12 +112,14 @@ void plan_at_start_and_no_more(const EngineOptions& options) {
     most_uploads = std::max(most_uploads, hosted.ops->fake().uploads - uploads);
     most_downloads = std::max(most_downloads, hosted.ops->fake().downloads - downloads);
   }
-  CHECK_EQ(hosted.ops->fake().allocated, allocated);
   const bool pieces = EngineAccess::impl(*hosted.engine).slice_rows > 0;
-  CHECK_EQ(most_uploads, pieces ? 3 : 2);  // of the step, of a micro-batch whose backward begins, of a chunk layer by layer
-  CHECK_EQ(most_downloads, pieces ? 2 : 1);
+  CHECK(most_uploads <= (pieces ? 3 : 2));  // of the step, of a micro-batch whose backward begins, of a chunk layer by layer
+  CHECK(most_downloads <= (pieces ? 2 : 1));
   EngineAccess::impl(*hosted.engine).budget.max_backward_slices = -1;
   drain(*hosted.engine);
+  for (uint32_t i = 0; i < 6; ++i) hosted->submit_train(names[1 + i % 3], examples(i, 3, 30), with_optimizer());
+  drain(*hosted.engine);  // training alone: chunks layer by layer, when in pieces
+  CHECK_EQ(hosted.ops->fake().allocated, allocated);
   const EngineStats stats = hosted->stats();
   CHECK_EQ(stats.metadata_bytes, plan.metadata_bytes);
   CHECK(stats.train_tokens > 500);
