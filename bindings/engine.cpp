@@ -89,10 +89,11 @@ std::shared_ptr<const BaseModel> to_model(const ModelLike& model, const EngineOp
 
 std::unique_ptr<PyEngine> make_engine(const ModelLike& model, std::string device, std::string dtype, int64_t max_batch_tokens,
                                       int64_t max_sequences, std::optional<int64_t> kv_cache_tokens,
-                                      std::optional<int64_t> adapter_pool_bytes, double memory_fraction, int max_lora_rank,
-                                      int64_t max_queue, std::string recompute, bool deterministic,
-                                      const py::typing::Optional<LatencyTarget>& latency, uint64_t seed, int num_threads,
-                                      bool prefix_caching, int page_size, int slice_rows, const py::object& trace_path) {
+                                      std::optional<int64_t> adapter_pool_bytes, double memory_fraction,
+                                      std::optional<int64_t> max_train_tokens, int max_lora_rank, int64_t max_queue,
+                                      std::string recompute, bool deterministic, const py::typing::Optional<LatencyTarget>& latency,
+                                      uint64_t seed, int num_threads, bool prefix_caching, int page_size, bool cuda_graphs,
+                                      int slice_rows, const py::object& trace_path) {
   EngineOptions options;
   options.device = std::move(device);
   options.dtype = std::move(dtype);
@@ -101,6 +102,7 @@ std::unique_ptr<PyEngine> make_engine(const ModelLike& model, std::string device
   options.kv_cache_tokens = kv_cache_tokens;
   options.adapter_pool_bytes = adapter_pool_bytes;
   options.memory_fraction = memory_fraction;
+  options.max_train_tokens = max_train_tokens;
   options.max_lora_rank = max_lora_rank;
   options.max_queue = max_queue;
   options.recompute = std::move(recompute);
@@ -109,6 +111,7 @@ std::unique_ptr<PyEngine> make_engine(const ModelLike& model, std::string device
   options.num_threads = num_threads;
   options.prefix_caching = prefix_caching;
   options.page_size = page_size;
+  options.cuda_graphs = cuda_graphs;
   if (!latency.is_none()) {
     if (!py::isinstance<LatencyTarget>(latency)) {
       throw InvalidArgument("Engine latency: expected None or a LatencyTarget, got " +
@@ -371,24 +374,26 @@ void bind_engine(py::module_& m) {
 model: a Hugging Face folder, a BaseModel, or a config (dict, or object with to_dict()) for random weights from `seed`.
 device: "auto", "cpu", "cuda", "cuda:1". dtype: compute dtype, "f32" (CPU), "bf16", "f16" (CUDA).
 max_batch_tokens: rows of one step, and the longest training example. max_sequences: running requests.
-kv_cache_tokens, adapter_pool_bytes: None takes them from memory_fraction of the device's free memory.
+kv_cache_tokens, adapter_pool_bytes: None takes them from memory_fraction of the device's free memory (plan_memory tells).
+max_train_tokens: rows of a step that has training rows; None: max_batch_tokens; 0 switches training off and saves its memory.
 max_queue: waiting requests and examples; beyond it submit raises QueueFull. recompute: "none", or "layer" to keep only each
 layer's input for backward. deterministic: results do not depend on who else is in the batch, bit for bit.
 latency: a LatencyTarget(ttft_ms, tpot_ms) that serving keeps, training takes the rest; None: throughput, whole micro-batches.
 slice_rows: rows of a piece of training work that a request may come between; 0: from the device's speed with a target, else whole.
 trace_path: a trace of every step in the Chrome / Perfetto format is written there (start_trace() begins one later).
 num_threads: CPU backend, 0: the processors this process may use. page_size: tokens per KV page.
+cuda_graphs: steps of decodes alone replay recorded launches (CUDA).
 
 submit_*, cancel and the queries may be called from any thread, step() by one thread at a time. A refused call changes nothing.)");
   const EngineOptions d;
   cls.def(py::init(&make_engine), py::arg("model"), py::kw_only(), py::arg("device") = d.device, py::arg("dtype") = d.dtype,
           py::arg("max_batch_tokens") = d.max_batch_tokens, py::arg("max_sequences") = d.max_sequences,
           py::arg("kv_cache_tokens") = py::none(), py::arg("adapter_pool_bytes") = py::none(),
-          py::arg("memory_fraction") = d.memory_fraction, py::arg("max_lora_rank") = d.max_lora_rank,
-          py::arg("max_queue") = d.max_queue, py::arg("recompute") = d.recompute, py::arg("deterministic") = d.deterministic,
-          py::arg("latency") = py::none(), py::arg("seed") = d.seed, py::arg("num_threads") = d.num_threads,
-          py::arg("prefix_caching") = d.prefix_caching, py::arg("page_size") = d.page_size, py::arg("slice_rows") = d.slice_rows,
-          py::arg("trace_path") = py::none());
+          py::arg("memory_fraction") = d.memory_fraction, py::arg("max_train_tokens") = py::none(),
+          py::arg("max_lora_rank") = d.max_lora_rank, py::arg("max_queue") = d.max_queue, py::arg("recompute") = d.recompute,
+          py::arg("deterministic") = d.deterministic, py::arg("latency") = py::none(), py::arg("seed") = d.seed,
+          py::arg("num_threads") = d.num_threads, py::arg("prefix_caching") = d.prefix_caching, py::arg("page_size") = d.page_size,
+          py::arg("cuda_graphs") = d.cuda_graphs, py::arg("slice_rows") = d.slice_rows, py::arg("trace_path") = py::none());
   cls.def_static(
       "from_state_dict",
       [](const ConfigLike& config, const StateDictLike& state_dict, const py::kwargs& options) -> py::typing::Union<PyEngine> {
@@ -397,6 +402,44 @@ submit_*, cancel and the queries may be called from any thread, step() by one th
       },
       py::arg("config"), py::arg("state_dict"),
       R"(An engine over the weights of a live model, as BaseModel.from_state_dict; options as those of Engine.)");
+  cls.def_static(
+      "plan_memory",
+      [](const ModelLike& model, const std::optional<int64_t>& device_bytes, int rank, std::string device, std::string dtype,
+         int64_t max_batch_tokens, int64_t max_sequences, std::optional<int64_t> kv_cache_tokens,
+         std::optional<int64_t> adapter_pool_bytes, double memory_fraction, std::optional<int64_t> max_train_tokens,
+         int max_lora_rank, std::string recompute, bool deterministic, int page_size) {
+        EngineOptions options;
+        options.device = std::move(device);
+        options.dtype = std::move(dtype);
+        options.max_batch_tokens = max_batch_tokens;
+        options.max_sequences = max_sequences;
+        options.kv_cache_tokens = kv_cache_tokens;
+        options.adapter_pool_bytes = adapter_pool_bytes;
+        options.memory_fraction = memory_fraction;
+        options.max_train_tokens = max_train_tokens;
+        options.max_lora_rank = max_lora_rank;
+        options.recompute = std::move(recompute);
+        options.deterministic = deterministic;
+        options.page_size = page_size;
+        const MemoryQuery query{device_bytes, rank};
+        if (py::isinstance<BaseModel>(model)) return Engine::plan_memory(*model.cast<std::shared_ptr<BaseModel>>(), options, query);
+        if (py::isinstance<py::dict>(model) || py::hasattr(model, "to_dict")) {
+          return Engine::plan_memory_of_config(to_config_json(model, "plan_memory model"), options, query);
+        }
+        return Engine::plan_memory(
+            to_path(model, "plan_memory model: expected a folder path, a BaseModel, or a config (dict or object with to_dict())"),
+            options, query);
+      },
+      py::arg("model"), py::kw_only(), py::arg("device_bytes") = py::none(), py::arg("rank") = MemoryQuery{}.rank,
+      py::arg("device") = d.device, py::arg("dtype") = d.dtype, py::arg("max_batch_tokens") = d.max_batch_tokens,
+      py::arg("max_sequences") = d.max_sequences, py::arg("kv_cache_tokens") = py::none(),
+      py::arg("adapter_pool_bytes") = py::none(), py::arg("memory_fraction") = d.memory_fraction,
+      py::arg("max_train_tokens") = py::none(), py::arg("max_lora_rank") = d.max_lora_rank, py::arg("recompute") = d.recompute,
+      py::arg("deterministic") = d.deterministic, py::arg("page_size") = d.page_size,
+      R"(How an engine with these options would divide its device's memory, before it is made; the engine's start uses the same.
+
+model: a folder (config.json is read, no weights), a BaseModel, or a config. device_bytes: free memory to plan for, then no device
+is needed; None asks the device. rank: of the adapters to count. Raises OutOfMemory when it does not fit, listing every share.)");
   bind_adapters(cls);
   bind_work(cls);
   bind_state(cls);

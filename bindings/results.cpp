@@ -192,6 +192,40 @@ class StatsBinder {
   std::vector<std::string> names_;
 };
 
+void bind_memory_plan(py::module_& m) {
+  py::class_<MemoryPlan> plan(m, "MemoryPlan",
+                              R"(How an engine divides its device's memory (Engine.plan_memory). Bytes; str() is a table.
+
+device_bytes: free before the engine. budget_bytes: memory_fraction of it, the sum of the shares: weight_bytes, kv_bytes,
+adapter_pool_bytes, saved_bytes (activations of training rows), scratch_bytes, metadata_bytes, workspace_bytes, training_state_bytes
+(what is left). at_start: taken at start (False on the CPU, where memory is taken as steps need it). kv_tokens, max_train_tokens:
+what they hold. adapters: of `rank` on all linears that fit the pool, adapter_bytes each; trained_adapters: whose training state
+fits, adapter_training_bytes each. pinned_bytes: of host memory.)");
+  plan.def_readonly("device", &MemoryPlan::device)
+      .def_readonly("at_start", &MemoryPlan::at_start)
+      .def_readonly("device_bytes", &MemoryPlan::device_bytes)
+      .def_readonly("budget_bytes", &MemoryPlan::budget_bytes)
+      .def_readonly("weight_bytes", &MemoryPlan::weight_bytes)
+      .def_readonly("kv_bytes", &MemoryPlan::kv_bytes)
+      .def_readonly("adapter_pool_bytes", &MemoryPlan::adapter_pool_bytes)
+      .def_readonly("saved_bytes", &MemoryPlan::saved_bytes)
+      .def_readonly("scratch_bytes", &MemoryPlan::scratch_bytes)
+      .def_readonly("metadata_bytes", &MemoryPlan::metadata_bytes)
+      .def_readonly("workspace_bytes", &MemoryPlan::workspace_bytes)
+      .def_readonly("training_state_bytes", &MemoryPlan::training_state_bytes)
+      .def_readonly("kv_tokens", &MemoryPlan::kv_tokens)
+      .def_readonly("max_train_tokens", &MemoryPlan::max_train_tokens)
+      .def_readonly("rank", &MemoryPlan::rank)
+      .def_readonly("adapter_bytes", &MemoryPlan::adapter_bytes)
+      .def_readonly("adapters", &MemoryPlan::adapters)
+      .def_readonly("adapter_training_bytes", &MemoryPlan::adapter_training_bytes)
+      .def_readonly("trained_adapters", &MemoryPlan::trained_adapters)
+      .def_readonly("pinned_bytes", &MemoryPlan::pinned_bytes)
+      .def("__str__", &MemoryPlan::table);
+  add_repr(plan, {"device", "budget_bytes", "weight_bytes", "kv_bytes", "adapter_pool_bytes", "saved_bytes", "scratch_bytes",
+                  "metadata_bytes", "workspace_bytes", "training_state_bytes"});
+}
+
 void bind_stats(py::module_& m) {
   using S = EngineStats;
   StatsBinder stats(m);
@@ -212,6 +246,7 @@ void bind_stats(py::module_& m) {
       .field("resident_adapters", &S::resident_adapters)
       .field("adapter_evictions", &S::adapter_evictions)
       .field("adapter_fetches", &S::adapter_fetches)
+      .field("adapter_prefetches", &S::adapter_prefetches)
       .field("kv_pages", &S::kv_pages)
       .field("kv_pages_free", &S::kv_pages_free)
       .field("kv_pages_cached", &S::kv_pages_cached)
@@ -219,10 +254,20 @@ void bind_stats(py::module_& m) {
       .field("kv_bytes", &S::kv_bytes)
       .field("adapter_pool_bytes", &S::adapter_pool_bytes)
       .field("adapter_pool_used", &S::adapter_pool_used)
+      .field("saved_bytes", &S::saved_bytes)
+      .field("scratch_bytes", &S::scratch_bytes)
+      .field("metadata_bytes", &S::metadata_bytes)
+      .field("workspace_bytes", &S::workspace_bytes)
+      .field("training_state_limit", &S::training_state_limit)
       .field("arena_bytes", &S::arena_bytes)
       .field("arena_peak", &S::arena_peak)
       .field("training_state_bytes", &S::training_state_bytes)
+      .field("graph_captures", &S::graph_captures)
+      .field("graph_replays", &S::graph_replays)
+      .field("graphs", &S::graphs)
+      .field("graph_seconds", &S::graph_seconds)
       .field("step_seconds", &S::step_seconds)
+      .field("host_seconds", &S::host_seconds)
       .field("training_seconds", &S::training_seconds)
       .field("last_step_seconds", &S::last_step_seconds)
       .field("last_step_predicted", &S::last_step_predicted)
@@ -242,6 +287,7 @@ void bind_stats(py::module_& m) {
 void bind_results(py::module_& m) {
   bind_events(m);
   bind_adapter_info(m);
+  bind_memory_plan(m);
   bind_stats(m);
 }
 

@@ -15,6 +15,7 @@ namespace loquetier::cuda {
 void check(cudaError_t status, const char* call, std::source_location where = std::source_location::current());
 void check(cublasStatus_t status, const char* call, std::source_location where = std::source_location::current());
 void check_launch(cudaStream_t stream, std::source_location where);
+bool launches_are_synchronized();  // LOQUETIER_CUDA_SYNC is set
 
 // "[op] tensor: expected [rows, cols] dtype, got …". A negative number accepts anything; zero rows need no data.
 void expect(const char* op, const char* tensor, const TensorView& view, DType dtype, int64_t rows, int64_t cols);

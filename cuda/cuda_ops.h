@@ -16,6 +16,7 @@
 
 #include "core/memory.h"
 #include "ops/ops.h"
+#include "ops/workspace.h"
 #include "tensor_maps.h"
 
 namespace loquetier::cuda {
@@ -39,6 +40,11 @@ class CudaDevice final : public Device {
   void synchronize() override;
   uint64_t record() override;
   void wait(uint64_t mark) override;
+  void side_copy_to_device(void* dst, const void* host, size_t bytes) override;
+  void side_follow() override;
+  uint64_t side_mark() override;
+  void wait_for_side(uint64_t mark) override;
+  void side_synchronize() override;
   size_t free_bytes() const override;
   bool host_addressable() const override { return false; }
 
@@ -52,6 +58,12 @@ class CudaDevice final : public Device {
   cudaStream_t stream_ = nullptr;
   cudaEvent_t marks_[kMarks] = {};  // made at construction; mark m is in marks_[m % kMarks]
   uint64_t next_mark_ = 0;
+  // Marks of the side queue in a ring: a mark whose event was recorded again is behind the newer one, which is waited for instead.
+  static constexpr uint64_t kSideMarks = 64;
+  cudaStream_t side_ = nullptr;
+  cudaEvent_t followed_ = nullptr;  // the point of the stream that the side queue waits for
+  cudaEvent_t side_marks_[kSideMarks] = {};
+  uint64_t last_side_mark_ = 0;
 };
 
 // One product of cuBLASLt: what decides the algorithm. Rows are rounded up to a bucket, so nearby batch sizes share an entry.
@@ -69,6 +81,8 @@ class Scratch {
  public:
   explicit Scratch(CudaDevice& device) : device_(device) {}
   void* get(size_t bytes);
+  void reserve(size_t bytes);
+  size_t bytes() const { return buffer_.bytes(); }
 
  private:
   CudaDevice& device_;
@@ -86,6 +100,11 @@ class CudaOps final : public Ops {
 
   Device& device() override { return device_; }
   DType compute_dtype() const override { return dtype_; }
+
+  size_t workspace_need(const OpsLimits& limits) const override { return workspace_of(limits).total(); }
+  void reserve(const OpsLimits& limits) override;
+  size_t workspace_bytes() const override;
+  std::unique_ptr<StepGraph> capture(const std::function<void()>& work) override;
 
   void embedding(const int32_t* ids, TensorView table, TensorView y) override;
   void gather_rows(TensorView x, const int32_t* index, TensorView y) override;
@@ -177,6 +196,7 @@ class CudaOps final : public Ops {
   void linear_onto(TensorView x, TensorView w, TensorView bias, TensorView y, bool accumulate);
   void matmul(const LinearKey& key, const void* x, const void* w, const void* bias, void* y, int64_t rows);
   cudaStream_t stream() const { return device_.stream(); }
+  CudaWorkspace workspace_of(const OpsLimits& limits) const { return cuda_workspace(limits, deterministic_, device_.processors()); }
 
   CudaDevice device_;
   DType dtype_;

@@ -48,9 +48,13 @@ void check(cublasStatus_t status, const char* call, std::source_location where) 
   throw DeviceError(concat("[cuda] ", call, " at ", place(where), ": ", cublasLtGetStatusName(status)));
 }
 
-void check_launch(cudaStream_t stream, std::source_location where) {
+bool launches_are_synchronized() {
   static const bool synchronize = std::getenv("LOQUETIER_CUDA_SYNC") != nullptr;
-  if (synchronize) check(cudaStreamSynchronize(stream), "kernel", where);
+  return synchronize;
+}
+
+void check_launch(cudaStream_t stream, std::source_location where) {
+  if (launches_are_synchronized()) check(cudaStreamSynchronize(stream), "kernel", where);
 }
 
 void expect(const char* op, const char* tensor, const TensorView& view, DType dtype, int64_t rows, int64_t cols) {
@@ -81,13 +85,21 @@ CudaDevice::CudaDevice(int index) : index_(index) {
                        "): expected compute capability 9.0 (Hopper), got ", properties.major, ".", properties.minor);
   processors_ = properties.multiProcessorCount;
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
-  for (cudaEvent_t& mark : marks_) check(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  check(cudaEventCreateWithFlags(&followed_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  for (cudaEvent_t& event : marks_) check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  for (cudaEvent_t& event : side_marks_)
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
 }
 
 CudaDevice::~CudaDevice() {
   cudaSetDevice(index_);
+  cudaStreamSynchronize(side_);
   cudaStreamSynchronize(stream_);
-  for (cudaEvent_t mark : marks_) cudaEventDestroy(mark);
+  for (const cudaEvent_t event : marks_) cudaEventDestroy(event);
+  for (const cudaEvent_t event : side_marks_) cudaEventDestroy(event);
+  cudaEventDestroy(followed_);
+  cudaStreamDestroy(side_);
   cudaStreamDestroy(stream_);
 }
 
@@ -153,6 +165,29 @@ uint64_t CudaDevice::record() {
 
 void CudaDevice::wait(uint64_t mark) { check(cudaEventSynchronize(marks_[mark % kMarks]), "cudaEventSynchronize"); }
 
+void CudaDevice::side_copy_to_device(void* dst, const void* host, size_t bytes) {
+  if (bytes > 0) check(cudaMemcpyAsync(dst, host, bytes, cudaMemcpyHostToDevice, side_), "cudaMemcpyAsync(to device, beside)");
+}
+
+void CudaDevice::side_follow() {
+  use();
+  check(cudaEventRecord(followed_, stream_), "cudaEventRecord");
+  check(cudaStreamWaitEvent(side_, followed_), "cudaStreamWaitEvent");
+}
+
+uint64_t CudaDevice::side_mark() {
+  use();
+  ++last_side_mark_;
+  check(cudaEventRecord(side_marks_[last_side_mark_ % kSideMarks], side_), "cudaEventRecord");
+  return last_side_mark_;
+}
+
+void CudaDevice::wait_for_side(uint64_t mark) {
+  if (mark > 0) check(cudaStreamWaitEvent(stream_, side_marks_[mark % kSideMarks]), "cudaStreamWaitEvent");
+}
+
+void CudaDevice::side_synchronize() { check(cudaStreamSynchronize(side_), "cudaStreamSynchronize"); }
+
 size_t CudaDevice::free_bytes() const {
   const CurrentDevice current(index_);
   size_t free = 0, total = 0;
@@ -161,12 +196,15 @@ size_t CudaDevice::free_bytes() const {
 }
 
 void* Scratch::get(size_t bytes) {
-  if (bytes > buffer_.bytes()) {
-    device_.synchronize();  // work under way may still use the old block
-    buffer_ = Buffer();
-    buffer_ = Buffer(device_, bytes + bytes / 4);
-  }
+  if (bytes > buffer_.bytes()) reserve(bytes + bytes / 4);
   return buffer_.data();
+}
+
+void Scratch::reserve(size_t bytes) {
+  if (bytes <= buffer_.bytes()) return;
+  device_.synchronize();  // work under way may still use the old block
+  buffer_ = Buffer();
+  buffer_ = Buffer(device_, bytes);
 }
 
 }  // namespace loquetier::cuda

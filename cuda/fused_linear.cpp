@@ -15,6 +15,8 @@ constexpr int32_t kLargeGroup = 64;  // rows from which on a group is worth step
 // What the unfused way costs, in steps of a tile: y [128, 256] written and read once more is the traffic of 6 steps' arithmetic on
 // an H100 (2.4 TB/s of copies beside 700 TFLOP/s). Beyond that on the average, ranks or boundaries make fusing the slower way.
 constexpr int64_t kExtraSteps = 6;
+static_assert(kFusedBlockRows == kFusedPair * kFusedRows && kFusedBlockColumns == kFusedDepth && kMostFusedPairs == kFusedPairs &&
+              kMostFusedGroups == kFusedGroups && kMostFusedBlocks == kFusedSlots);
 
 int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -18,6 +18,8 @@ class FusedLinear {
   int32_t forward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView bias, TensorView s,
                   TensorView y);
   int32_t backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds, TensorView dx);
+  void reserve(size_t bytes) { e_.reserve(bytes); }  // ops/workspace.h
+  size_t workspace_bytes() const { return e_.bytes(); }
 
  private:
   int32_t run(bool backward, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,

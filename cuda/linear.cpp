@@ -20,7 +20,6 @@ namespace loquetier::cuda {
 
 namespace {
 
-constexpr size_t kBlasWorkspace = size_t{32} << 20;  // what cuBLAS recommends for Hopper
 constexpr int64_t kDeterministicRows = 2048;
 constexpr int64_t kManyRows = 512;   // with an adapter: base and LoRA as one product, or the expand before the base product
 constexpr int64_t kBranchTiles = 8;  // tiles of 16 rows up to which the shrink goes beside it
@@ -126,6 +125,21 @@ CudaOps::~CudaOps() {
   cudaEventDestroy(branch_.join);
   cudaStreamDestroy(branch_.stream);
   if (blas_ != nullptr) cublasLtDestroy(blas_);
+}
+
+void CudaOps::reserve(const OpsLimits& limits) {
+  const CudaWorkspace bytes = workspace_of(limits);
+  fused_linear_->reserve(bytes.fused);
+  lora_scratch_.reserve(bytes.lora);
+  attention_scratch_.reserve(bytes.attention);
+  sample_scratch_.reserve(bytes.sample);
+  norm_scratch_.reserve(bytes.norm);
+}
+
+size_t CudaOps::workspace_bytes() const {
+  size_t bytes = blas_workspace_.bytes() + decode_workspace_.bytes() + fused_linear_->workspace_bytes();
+  for (const Scratch* scratch : {&sample_scratch_, &norm_scratch_, &lora_scratch_, &attention_scratch_}) bytes += scratch->bytes();
+  return bytes;
 }
 
 // y^T = op(w) x^T for `rows` columns of x^T; key.rows is already the bucket.

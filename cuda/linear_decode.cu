@@ -429,7 +429,8 @@ Way way_of(int64_t rows, int64_t n, int64_t k, int processors) {
 }  // namespace
 
 size_t decode_workspace_bytes(int processors) {
-  return static_cast<size_t>(processors) * (256 * kMaxDecodeRows * sizeof(float) + sizeof(uint64_t));
+  static_assert(kDecodeWorkspace == 256 * kMaxDecodeRows * sizeof(float) + sizeof(uint64_t));
+  return static_cast<size_t>(processors) * kDecodeWorkspace;
 }
 
 bool decode_linear(TensorMaps& maps, void* workspace, TensorView x, TensorView w, const void* bias, TensorView y,

@@ -28,7 +28,7 @@ constexpr int kWideBytes = kRows * kColumns * 2;
 constexpr int kSumRanks = 64;        // up to here ds and dB take one pass: shares of ds and B must fit in shared memory
 constexpr int kGradRanks = 128;      // of a gradient in one pass; larger ones read the wide rows again
 constexpr int64_t kLeastRows = 256;  // of a range: the gradient of a shorter one would cost more than its rows
-constexpr size_t kMostScratch = size_t{64} << 20;  // of shares, and of unfinished gradients
+constexpr size_t kMostScratch = kMostLoraShares;  // of shares, and of unfinished gradients
 
 struct WideArgs {
   LoraCall call;

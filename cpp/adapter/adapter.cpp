@@ -47,8 +47,14 @@ AdapterLayout AdapterLayout::make(std::vector<LoraTarget> targets, const ModelCo
     end += a_size(target);
     site_rank += target.rank;
     layout.max_rank = std::max(layout.max_rank, site_rank);
-    if (module.layer < 0) layout.lm_head = true;
-    else layout.lowest_layer = std::min(layout.lowest_layer, module.layer);
+    if (module.layer < 0) {
+      layout.lm_head = true;
+      continue;
+    }
+    layout.lowest_layer = std::min(layout.lowest_layer, module.layer);
+    layout.part_rank = std::max(layout.part_rank, target.rank);
+    layout.vector_ranks = layout.vector_ranks && target.rank % 8 == 0;
+    layout.parts |= 1u << (module.site % 4 * kMaxParts + module.part);
   }
   layout.a_elements = end = align(end);
   for (const LoraTarget& target : targets) {

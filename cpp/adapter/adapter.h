@@ -26,8 +26,12 @@ struct AdapterLayout {
   std::vector<int64_t> b_offset;
   int64_t a_elements = 0;  // [0, a_elements) is all A, [a_elements, elements) all B
   int64_t elements = 0;
-  int32_t sites = 0;         // entries of a site table
-  int32_t max_rank = 0;      // largest sum of part ranks of a site
+  int32_t sites = 0;     // entries of a site table
+  int32_t max_rank = 0;  // largest sum of part ranks of a site
+  // Over the layers, without lm_head:
+  int32_t part_rank = 0;     // largest rank of one target
+  bool vector_ranks = true;  // all ranks are multiples of 8
+  uint32_t parts = 0;        // which projections: bit (site % 4) * kMaxParts + part
   int64_t lowest_layer = 0;  // of any target; L when only lm_head is adapted
   bool lm_head = false;
   int64_t parameters() const;
@@ -66,6 +70,7 @@ class AdapterWeights {
   std::vector<LoraSite> host_sites_;
   Buffer host_block_;          // host tier, compute dtype; allocated when first needed
   bool host_current_ = false;  // host_block_ holds the newest values
+  uint64_t arrives_ = 0;       // mark of the side queue behind the copy that fills device_block_; 0: the stream has waited for it
   size_t offset_ = 0;          // in the pool, while resident
   int pins_ = 0;               // in use: never evicted
   uint64_t last_used_ = 0;

@@ -35,6 +35,7 @@ struct AdapterPool::State {
   uint64_t clock = 0;
   int64_t evictions = 0;
   int64_t fetches = 0;
+  int64_t prefetches = 0;
   bool closed = false;  // the pool and its device are gone
   std::mutex mutex;
 
@@ -67,6 +68,10 @@ struct AdapterPool::State {
   void destroy(AdapterWeights* w) {
     {
       const std::lock_guard lock(mutex);
+      if (!closed && w->arrives_ > 0) {  // its host block is being read
+        device.side_synchronize();
+        w->arrives_ = 0;
+      }
       if (!closed && w->resident()) detach(*w);
       live.erase(w);
     }
@@ -76,6 +81,7 @@ struct AdapterPool::State {
   void close() {
     const std::lock_guard lock(mutex);
     closed = true;
+    device.side_synchronize();
     for (AdapterWeights* w : live) {
       w->host_block_ = Buffer();
       w->device_block_ = nullptr;
@@ -98,22 +104,38 @@ struct AdapterPool::State {
   }
 
   void write_back(AdapterWeights& w) {
-    if (w.host_current_) return;
+    if (w.host_current_) return;  // so it is while a copy to the device is under way
     ensure_host(w);
     device.copy_to_host(w.host_block_.data(), w.device_block_, block_bytes(w));
     w.host_current_ = true;
   }
 
+  // ---- the side queue
+
+  // Starts the copy of a block that was just attached; the stream does not wait for it yet.
+  void fetch(AdapterWeights& w) {
+    device.side_copy_to_device(w.device_block_, w.host_block_.data(), block_bytes(w));
+    w.arrives_ = device.side_mark();
+    ++fetches;
+  }
+  // From here on the stream may use, move or overwrite the block.
+  void await(AdapterWeights& w) {
+    device.wait_for_side(w.arrives_);
+    w.arrives_ = 0;
+  }
+
   // ---- residency
 
-  LoraSite* take_table() {
-    if (free_tables.empty()) {
-      const size_t stride = align(table_bytes);
-      slabs.emplace_back(device, stride * kTablesPerSlab);
-      for (size_t i = kTablesPerSlab; i-- > 0;) {
-        free_tables.push_back(reinterpret_cast<LoraSite*>(static_cast<std::byte*>(slabs.back().data()) + i * stride));
-      }
+  void add_slab(size_t tables) {
+    const size_t stride = align(table_bytes);
+    slabs.emplace_back(device, stride * tables);
+    for (size_t i = tables; i-- > 0;) {
+      free_tables.push_back(reinterpret_cast<LoraSite*>(static_cast<std::byte*>(slabs.back().data()) + i * stride));
     }
+  }
+
+  LoraSite* take_table() {
+    if (free_tables.empty()) add_slab(kTablesPerSlab);
     LoraSite* table = free_tables.back();
     free_tables.pop_back();
     return table;
@@ -130,6 +152,7 @@ struct AdapterPool::State {
   }
 
   void detach(AdapterWeights& w) {
+    await(w);  // whoever gets the space next may write to it on the stream
     blocks.erase(w.offset_);
     used -= pool_bytes(w);
     free_tables.push_back(w.device_sites_);
@@ -173,6 +196,7 @@ struct AdapterPool::State {
     for (AdapterWeights* w : order) {
       const size_t bytes = block_bytes(*w), from = w->offset_;
       if (from != end) {
+        await(*w);
         if (from - end >= bytes) {
           device.copy_on_device(base() + end, base() + from, bytes);
         } else {
@@ -202,11 +226,13 @@ struct AdapterPool::State {
   }
 
   // Evicts idle blocks, least recently used first, until `bytes` more fit. False, with nothing evicted, when they cannot.
-  bool make_room(size_t bytes) {
+  // `current_only`: leaves those alone whose newest values would have to be copied to the host first.
+  bool make_room(size_t bytes, bool current_only = false) {
+    if (used + bytes <= capacity) return true;
     std::vector<AdapterWeights*> idle;
     size_t idle_bytes = 0;
     for (const auto& [offset, w] : blocks) {
-      if (w->pins_ > 0) continue;
+      if (w->pins_ > 0 || (current_only && !w->host_current_)) continue;
       idle.push_back(w);
       idle_bytes += pool_bytes(*w);
     }
@@ -223,6 +249,13 @@ struct AdapterPool::State {
 
 AdapterPool::AdapterPool(Ops& ops, size_t bytes) : state_(std::make_shared<State>(ops, bytes)) {}
 AdapterPool::~AdapterPool() { state_->close(); }
+
+void AdapterPool::reserve_tables(size_t count, size_t table_bytes) {
+  State& s = *state_;
+  const std::lock_guard lock(s.mutex);
+  if (s.table_bytes == 0) s.table_bytes = table_bytes;
+  if (s.free_tables.size() < count) s.add_slab(count - s.free_tables.size());
+}
 
 std::shared_ptr<AdapterWeights> AdapterPool::add(std::shared_ptr<const AdapterLayout> layout, const float* flat, int64_t version) {
   State& s = *state_;
@@ -249,8 +282,9 @@ std::shared_ptr<AdapterWeights> AdapterPool::copy(const std::shared_ptr<AdapterW
   const size_t bytes = s.block_bytes(*source);
   if (source->resident()) {
     const State::Pin pin({source.get()});
-    if (s.make_room(s.pool_bytes(*weights))) {
+    if (s.make_room(s.pool_bytes(*weights)) && s.first_fit(align(bytes)) != State::kNowhere) {
       s.allocate(*weights);
+      s.await(*source);
       s.device.copy_on_device(weights->device_block_, source->device_block_, bytes);
       weights->last_used_ = ++s.clock;
       return weights;
@@ -287,13 +321,37 @@ void AdapterPool::pin(std::span<const std::shared_ptr<AdapterWeights>> set) {
                              bytes + pinned, " (", pinned, " resident, ", bytes,
                              " to fetch); raise adapter_pool_bytes or use fewer adapters at once"));
   }
-  for (AdapterWeights* w : missing) {
-    s.allocate(*w);
-    s.device.copy_to_device(w->device_block_, w->host_block_.data(), s.block_bytes(*w));
-    ++s.fetches;
+  for (AdapterWeights* w : missing) s.allocate(*w);  // all of them: compaction moves what lies in the way
+  s.device.side_follow();  // what is to be overwritten is out of use, here and for what prefetch() finds until the next call
+  for (AdapterWeights* w : missing) s.fetch(*w);
+  for (AdapterWeights* w : pointers) {
+    s.await(*w);
+    w->last_used_ = ++s.clock;
   }
-  for (AdapterWeights* w : pointers) w->last_used_ = ++s.clock;
   pin.keep();
+}
+
+int64_t AdapterPool::prefetch(std::span<const std::shared_ptr<AdapterWeights>> next) {
+  State& s = *state_;
+  const std::lock_guard lock(s.mutex);
+  std::vector<AdapterWeights*> pointers;
+  for (const auto& w : next) {
+    s.check_alive(w.get());
+    pointers.push_back(w.get());
+  }
+  const State::Pin pin(pointers);  // none makes room for another
+  int64_t started = 0;
+  for (AdapterWeights* w : pointers) {
+    if (w->resident()) continue;
+    if (s.free_tables.empty() || !s.make_room(s.pool_bytes(*w), true)) break;
+    if (s.first_fit(align(s.block_bytes(*w))) == State::kNowhere) break;  // moving blocks about is for when there is no other way
+    s.allocate(*w);
+    s.fetch(*w);
+    w->last_used_ = ++s.clock;
+    ++started;
+  }
+  s.prefetches += started;
+  return started;
 }
 
 void AdapterPool::unpin(std::span<const std::shared_ptr<AdapterWeights>> set) {
@@ -331,6 +389,14 @@ std::vector<float> AdapterPool::read(const AdapterWeights& weights) const {
   return values;
 }
 
+size_t AdapterPool::tables_bytes(size_t count, size_t table_bytes) { return count * align(table_bytes); }
+size_t AdapterPool::tables_bytes() const {
+  const std::lock_guard lock(state_->mutex);
+  size_t bytes = 0;
+  for (const Buffer& slab : state_->slabs) bytes += slab.bytes();
+  return bytes;
+}
+
 size_t AdapterPool::capacity() const { return state_->capacity; }
 size_t AdapterPool::used() const {
   const std::lock_guard lock(state_->mutex);
@@ -347,6 +413,10 @@ int64_t AdapterPool::evictions() const {
 int64_t AdapterPool::fetches() const {
   const std::lock_guard lock(state_->mutex);
   return state_->fetches;
+}
+int64_t AdapterPool::prefetches() const {
+  const std::lock_guard lock(state_->mutex);
+  return state_->prefetches;
 }
 
 }  // namespace loquetier

@@ -5,12 +5,16 @@
 
 namespace loquetier {
 
+size_t TrainState::bytes_for(const AdapterLayout& layout) {
+  return 4 * static_cast<size_t>(layout.elements) * sizeof(float) + static_cast<size_t>(layout.sites) * sizeof(LoraGradSite);
+}
+
 TrainState::TrainState(Ops& ops, std::shared_ptr<const AdapterLayout> layout, const float* master)
     : ops_(ops), layout_(std::move(layout)) {
   require(layout_ != nullptr && master != nullptr, "[train state] expected a layout and master weights, got none");
   Device& device = ops_.device();
   const size_t n = static_cast<size_t>(layout_->elements), table_bytes = static_cast<size_t>(layout_->sites) * sizeof(LoraGradSite);
-  storage_ = Buffer(device, 4 * n * sizeof(float) + table_bytes);
+  storage_ = Buffer(device, bytes_for(*layout_));
   master_ = static_cast<float*>(storage_.data());
   grad_ = master_ + n;
   m_ = grad_ + n;

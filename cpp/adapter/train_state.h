@@ -21,6 +21,7 @@ class TrainState {
   uint64_t dropout_counter = 0;  // examples seen: key of the next dropout mask
   bool has_gradients = false;    // something was accumulated since the last update
   size_t bytes() const { return storage_.bytes(); }
+  static size_t bytes_for(const AdapterLayout& layout);
 
   // Appends this adapter's two tensors (all A, all B) and its job to a step's optimizer table; weight is the device block to round
   // into. `steps_` is not advanced here but by applied().

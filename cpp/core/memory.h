@@ -34,6 +34,16 @@ class Device {
   static constexpr uint64_t kMarks = 16;
   virtual uint64_t record() { return 0; }
   virtual void wait(uint64_t mark) { static_cast<void>(mark); }
+
+  // A second queue, for copies beside the step's work (adapters fetched ahead). Its copies are ordered among themselves; between
+  // the queues there is only the order asked for here. The host memory must stay as it is until the copy is done. Where there is no
+  // second queue all of it is the stream.
+  virtual void side_copy_to_device(void* dst, const void* host, size_t bytes) { copy_to_device(dst, host, bytes); }
+  virtual void side_follow() {}               // the side queue goes on when the stream has done what it was given so far
+  virtual uint64_t side_mark() { return 0; }  // the point behind what the side queue was given so far; 0: reached
+  virtual void wait_for_side(uint64_t) {}     // the stream goes on when the side queue has reached that point
+  virtual void side_synchronize() {}          // waits; any thread
+
   virtual size_t free_bytes() const = 0;      // what could be allocated now
   virtual bool host_addressable() const = 0;  // true: device pointers may be read and written by the host (CPU)
 };
@@ -84,6 +94,7 @@ class Arena {
   size_t used() const { return used_; }
   size_t peak() const { return peak_; }
   bool counting() const { return data_ == nullptr; }
+  const void* data() const { return data_; }
 
  private:
   std::byte* data_ = nullptr;

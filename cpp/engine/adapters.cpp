@@ -119,7 +119,7 @@ AdapterPtr Engine::Impl::restored_record(const std::string& name, const AdapterS
   record->weights = core->pool.add(layout, master.data(), s.version);
   record->dropout_counter = s.dropout_counter;
   if (s.has_training_state) {
-    record->train = std::make_unique<TrainState>(*core->ops, layout, master.data());
+    record->train = new_train_state(*record, master.data());
     record->train->restore(master.data(), layout->flatten(s.exp_avg).data(), layout->flatten(s.exp_avg_sq).data(),
                            layout->flatten(s.gradients).data(), s.optimizer_steps);
   } else if (core->ops->compute_dtype() != DType::f32 && core->ops->compute_dtype() != s.stored_dtype) {

@@ -21,17 +21,22 @@ class Blob {
  public:
   explicit Blob(Device& device) : device_(&device) {}
 
+  // Room for `bytes` from now on; pointers given out before are dead when it grows.
+  void reserve(size_t bytes) {
+    if (host_.bytes() >= bytes) return;
+    host_ = Buffer();
+    host_ = Buffer(*device_, bytes, Buffer::Where::host);
+    if (device_->host_addressable()) return;
+    remote_ = Buffer();
+    remote_ = Buffer(*device_, bytes);
+  }
+
   // Empties it and makes room for `bytes`; pointers given out before are dead.
   void begin(size_t bytes) {
     used_ = 0;
-    if (host_.bytes() >= bytes) return;
-    const size_t grown = bytes + bytes / 2;
-    host_ = Buffer();
-    host_ = Buffer(*device_, grown, Buffer::Where::host);
-    if (device_->host_addressable()) return;
-    remote_ = Buffer();
-    remote_ = Buffer(*device_, grown);
+    if (host_.bytes() < bytes) reserve(bytes + bytes / 2);
   }
+  size_t device_bytes() const { return device_->host_addressable() ? host_.bytes() : remote_.bytes(); }
 
   template <class T>
   Both<T> take(size_t n) {

@@ -6,7 +6,10 @@
 
 #include "core/random.h"
 #include "engine/impl.h"
+#include "engine/memory_plan.h"
 #include "engine/timing.h"
+#include "io/hf_config.h"
+#include "ops/workspace.h"
 
 namespace loquetier {
 
@@ -44,33 +47,48 @@ std::shared_ptr<Ops> make_ops(const EngineOptions& options, const ModelConfig& c
   }
 }
 
-constexpr size_t kDefaultPoolShare = 8;  // adapter pool: this fraction of the budget
-constexpr size_t kDefaultKvShare = 2;    // KV pages: this fraction
-
-struct Sizes {
-  int64_t kv_pages = 0;
-  size_t pool_bytes = 0;
-};
-
-Sizes plan_sizes(const EngineOptions& options, const ModelConfig& config, Ops& ops) {
-  const auto budget = static_cast<size_t>(options.memory_fraction * static_cast<double>(ops.device().free_bytes()));
-  const size_t page_bytes = KvCache::page_bytes(config, ops.compute_dtype(), options.page_size);
-  auto pages_for = [&](int64_t tokens) { return (tokens + options.page_size - 1) / options.page_size; };
-  Sizes sizes;
-  if (options.kv_cache_tokens) {
-    sizes.kv_pages = pages_for(*options.kv_cache_tokens);
-  } else {
-    const int64_t useful = options.max_sequences * pages_for(config.max_positions);
-    sizes.kv_pages = std::clamp<int64_t>(static_cast<int64_t>(budget / kDefaultKvShare / page_bytes), 1, useful);
-  }
-  sizes.pool_bytes = options.adapter_pool_bytes ? static_cast<size_t>(*options.adapter_pool_bytes) : budget / kDefaultPoolShare;
-  return sizes;
+// What plan_memory() needs to know of a device that is not there: of the kind and dtype that the options name.
+MemoryFacts assumed_facts(const EngineOptions& options, const ModelConfig& config, int64_t free_bytes) {
+  const bool cpu = options.device == "cpu" || options.dtype == "f32";
+  std::string dtype = options.dtype == "auto" ? config.torch_dtype : options.dtype;
+  MemoryFacts facts;
+  facts.device = cpu ? "cpu" : options.device == "auto" || options.device == "cuda" ? "cuda:0" : options.device;
+  facts.dtype = cpu ? DType::f32 : dtype == "f16" ? DType::f16 : DType::bf16;
+  facts.host_addressable = cpu;
+  facts.free_bytes = static_cast<size_t>(free_bytes);
+  facts.workspace_bytes = cpu ? 0 : cuda_workspace(ops_limits(config, options), options.deterministic).total();
+  return facts;
 }
+
+MemoryFacts facts_of(Ops& ops, const OpsLimits& limits, bool weights_placed) {
+  MemoryFacts facts;
+  facts.device = ops.device().name();
+  facts.dtype = ops.compute_dtype();
+  facts.host_addressable = ops.device().host_addressable();
+  facts.free_bytes = ops.device().free_bytes() + ops.workspace_bytes();
+  facts.workspace_bytes = ops.workspace_need(limits);
+  facts.weights_placed = weights_placed;
+  return facts;
+}
+
+MemoryPlan plan_for(const ModelConfig& config, const EngineOptions& options, const MemoryQuery& query,
+                    const BaseModel* model = nullptr) {
+  validate(options);
+  require(!query.device_bytes || *query.device_bytes > 0, "[plan_memory] device_bytes: expected > 0, got ",
+          query.device_bytes.value_or(0));
+  if (query.device_bytes)
+    return loquetier::plan_memory(config, options, assumed_facts(options, config, *query.device_bytes), query.rank);
+  const std::shared_ptr<Ops> ops = make_ops(options, config);
+  const bool placed = model != nullptr && weights_placed(*model, *ops);
+  return loquetier::plan_memory(config, options, facts_of(*ops, ops_limits(config, options), placed), query.rank);
+}
+
+constexpr int kCountedRank = 16;  // adapters of this rank are what the plan at start counts
 
 }  // namespace
 
 Core::Core(std::shared_ptr<Ops> ops_in, std::shared_ptr<const ModelWeights> weights_in, KvCache kv_in, size_t pool_bytes,
-           const CostModel& cost_in, PlannerConfig plan)
+           const CostModel& cost_in, PlannerConfig plan, bool use_graphs)
     : ops(std::move(ops_in)),
       weights(std::move(weights_in)),
       model(weights, *ops),
@@ -82,7 +100,8 @@ Core::Core(std::shared_ptr<Ops> ops_in, std::shared_ptr<const ModelWeights> weig
       micro_metadata(ops->device()),
       chunk_metadata(ops->device()),
       results(ops->device()),
-      chunk_results(ops->device()) {}
+      chunk_results(ops->device()),
+      graphs(*ops, model, use_graphs) {}
 
 Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options_in, std::shared_ptr<Ops> ops)
     : base(std::move(model)), options(std::move(options_in)) {
@@ -91,38 +110,83 @@ Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options
   const ModelConfig& config = base->weights().config;
   if (!ops) ops = make_ops(options, config);
   device_name = ops->device().name();
-  recompute = options.recompute == "layer" ? Recompute::layer : Recompute::none;
-  auto weights = place_weights(base, *ops, ops);
-  const Sizes sizes = plan_sizes(options, config, *ops);
+  recompute = recompute_of(options);
+  const OpsLimits most = ops_limits(config, options);
+  const int rank = std::min(kCountedRank, options.max_lora_rank);
+  std::shared_ptr<const ModelWeights> weights;
+  const bool lazy = ops->device().host_addressable();
+  if (lazy) weights = place_weights(base, *ops, ops);  // its plan is of what is free beside them
+  memory = loquetier::plan_memory(config, options, facts_of(*ops, most, lazy || weights_placed(*base, *ops)), rank);
+  const int64_t kv_pages = memory.kv_tokens / options.page_size;
 
   PlannerConfig plan;
   plan.max_batch_tokens = options.max_batch_tokens;
+  plan.max_train_tokens = memory.max_train_tokens;
   plan.max_sequences = options.max_sequences;
-  plan.kv_pages = sizes.kv_pages;
+  plan.kv_pages = kv_pages;
   plan.page_size = options.page_size;
-  plan.adapter_pool_bytes = static_cast<int64_t>(sizes.pool_bytes);
+  plan.adapter_pool_bytes = memory.adapter_pool_bytes;
   plan.num_layers = static_cast<int32_t>(config.num_layers);
   plan.prefix_caching = options.prefix_caching;
-  const ModelShape shape = shape_of(config, ops->compute_dtype());
-  const DeviceRates rates = measure_rates(*ops, *weights);
-  slice_rows = options.slice_rows > 0 ? static_cast<int32_t>(std::min<int64_t>(options.slice_rows, options.max_batch_tokens))
-               : options.latency      ? slice_rows_for(shape, rates, options.max_batch_tokens)
-                                      : 0;
-  slack_rows = slack_rows_for(options.max_batch_tokens, options.max_sequences);
-  plan.slice_rows = slice_rows;
-  plan.slack_rows = slack_rows;
+  plan.slack_rows = slack_rows = slack_rows_for(options.max_batch_tokens, options.max_sequences);
   plan.rerun = recompute == Recompute::layer;
   plan.mlp_share = mlp_share(config);
   if (options.latency) plan.goal = LatencyGoal{options.latency->ttft_ms * 1e-3, options.latency->tpot_ms * 1e-3};
-  KvCache kv = KvCache::make(*ops, config, sizes.kv_pages, options.page_size);
-  limits = {config.vocab_size, config.max_positions, sizes.kv_pages * options.page_size, options.max_batch_tokens};
-  core = std::make_unique<Core>(std::move(ops), std::move(weights), std::move(kv), sizes.pool_bytes, CostModel(shape, rates), plan);
+  limits = {config.vocab_size, config.max_positions, memory.kv_tokens, options.max_batch_tokens, memory.max_train_tokens};
+  try {
+    if (!weights) weights = place_weights(base, *ops, ops);
+    const ModelShape shape = shape_of(config, ops->compute_dtype());
+    const DeviceRates rates = measure_rates(*ops, *weights);
+    slice_rows = options.slice_rows > 0 ? static_cast<int32_t>(std::min<int64_t>(options.slice_rows, options.max_batch_tokens))
+                 : options.latency      ? slice_rows_for(shape, rates, options.max_batch_tokens)
+                                        : 0;
+    plan.slice_rows = slice_rows;
+    KvCache kv = KvCache::make(*ops, config, kv_pages, options.page_size);
+    core = std::make_unique<Core>(std::move(ops), std::move(weights), std::move(kv), static_cast<size_t>(memory.adapter_pool_bytes),
+                                  CostModel(shape, rates), plan, options.cuda_graphs && !lazy);
+    if (!lazy) reserve(most);
+  } catch (const OutOfMemory& error) {
+    core.reset();
+    throw OutOfMemory(concat(error.what(),
+                             "; at the start of an engine that divides its device's memory like this (lower "
+                             "memory_fraction when something else takes of it):\n",
+                             memory.table()));
+  }
   core->stats.weight_bytes = static_cast<int64_t>(core->weights->bytes());
   core->stats.kv_bytes = static_cast<int64_t>(core->kv.storage.bytes());
-  core->stats.kv_pages = sizes.kv_pages;
-  core->stats.adapter_pool_bytes = static_cast<int64_t>(sizes.pool_bytes);
+  core->stats.kv_pages = kv_pages;
+  core->stats.adapter_pool_bytes = memory.adapter_pool_bytes;
+  core->stats.training_state_limit = lazy ? -1 : memory.training_state_bytes;
   if (!options.trace_path.empty()) trace = std::make_unique<Trace>(options.trace_path);
   publish();
+}
+
+// Everything that steps need, by its maxima: from here on a step allocates nothing.
+void Engine::Impl::reserve(const OpsLimits& most) {
+  Core& c = *core;
+  Device& device = c.ops->device();
+  c.ops->reserve(most);
+  c.scratch_storage = Buffer(device, static_cast<size_t>(memory.scratch_bytes));
+  c.saved_storage = Buffer(device, static_cast<size_t>(memory.saved_bytes));
+  const TableBytes tables = table_bytes(c.model.config(), options, c.kv.shape.pages);
+  c.metadata.reserve(tables.metadata);
+  c.micro_metadata.reserve(tables.micro);
+  c.chunk_metadata.reserve(tables.chunk);
+  c.results.reserve(tables.results);
+  c.chunk_results.reserve(tables.chunk_results);
+  c.pool.reserve_tables(table_slots(options), static_cast<size_t>(site_count(c.model.config())) * sizeof(LoraSite));
+}
+
+// Master weights, gradients and moments of an adapter, within what the plan left for them. OutOfMemory names the bytes.
+std::unique_ptr<TrainState> Engine::Impl::new_train_state(const AdapterRecord& record, const float* master) const {
+  const Core& c = *core;
+  const auto bytes = static_cast<int64_t>(TrainState::bytes_for(*record.layout));
+  const int64_t limit = c.stats.training_state_limit, used = c.stats.training_state_bytes;
+  require<OutOfMemory>(limit < 0 || used + bytes <= limit, "[engine] training state of adapter \"", record.name,
+                       "\": expected at most ", limit - used, " bytes (", limit, " of device memory are for training state, ", used,
+                       " are in use), got ", bytes,
+                       "; remove an adapter in training, or make the engine with less for kv_cache_tokens or adapter_pool_bytes");
+  return std::make_unique<TrainState>(*c.ops, record.layout, master);
 }
 
 Engine::Impl::~Impl() = default;
@@ -205,6 +269,8 @@ Engine::Engine(std::shared_ptr<const BaseModel> model, EngineOptions options)
 Engine::Engine(const std::filesystem::path& model_folder, EngineOptions options)
     : Engine((validate(options), BaseModel::load(model_folder)), options) {}
 
+Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
 Engine::~Engine() { close(); }
 
 int64_t Engine::submit_infer(std::vector<int32_t> prompt_ids, InferOptions options) {
@@ -229,6 +295,8 @@ int64_t Engine::submit_infer(std::vector<int32_t> prompt_ids, InferOptions optio
 }
 
 int64_t Engine::submit_train(const std::string& adapter, std::vector<Example> examples, TrainOptions options) {
+  require(impl_->limits.max_train_tokens > 0,
+          "[submit_train] expected an engine made with max_train_tokens > 0, got 0: training is off");
   Job job;
   job.train = true;
   {
@@ -253,6 +321,18 @@ int64_t Engine::submit_eval(const std::string& adapter, std::vector<Example> exa
   }
   job.examples = prepare_evaluation(examples, impl_->limits, job.targets);
   return impl_->submit(std::move(job));
+}
+
+MemoryPlan Engine::plan_memory(const BaseModel& model, const EngineOptions& options, const MemoryQuery& query) {
+  return plan_for(model.weights().config, options, query, &model);
+}
+
+MemoryPlan Engine::plan_memory(const std::filesystem::path& model_folder, const EngineOptions& options, const MemoryQuery& query) {
+  return plan_for(load_hf_config(model_folder), options, query);
+}
+
+MemoryPlan Engine::plan_memory_of_config(const std::string& config_json, const EngineOptions& options, const MemoryQuery& query) {
+  return plan_for(parse_hf_config(config_json, "[plan_memory] config"), options, query);
 }
 
 bool Engine::cancel(int64_t id) { return impl_->cancel(id); }

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "engine/blob.h"
+#include "engine/decode_graph.h"
 #include "engine/fair_mutex.h"
 #include "engine/micro_batch.h"
 #include "engine/records.h"
@@ -56,7 +57,8 @@ struct Core {
   JobTable jobs;
   Blob metadata, micro_metadata, chunk_metadata;  // of a step, of the micro-batch, of a chunk that runs layer by layer
   Blob results, chunk_results;
-  Buffer saved_storage, scratch_storage;  // grown when a step needs more than any before it
+  Buffer saved_storage, scratch_storage;  // reserved at start; where memory is the host's, grown when a step needs more
+  DecodeGraphs graphs;
   std::optional<MicroBatch> micro;
   std::optional<std::pair<Plan, StepBatch>> finished_chunk;  // its losses are in chunk_results
   std::deque<uint64_t> launched;                             // marks of pieces that the device may not have done yet
@@ -68,7 +70,7 @@ struct Core {
   EngineStats stats;
 
   Core(std::shared_ptr<Ops> ops, std::shared_ptr<const ModelWeights> weights, KvCache kv, size_t pool_bytes, const CostModel& cost,
-       PlannerConfig plan);
+       PlannerConfig plan, bool graphs);
 };
 
 struct Engine::Impl {
@@ -81,6 +83,7 @@ struct Engine::Impl {
   std::string device_name;
   Limits limits;
   Recompute recompute = Recompute::none;
+  MemoryPlan memory;
   int32_t slice_rows = 0;  // of a piece of training; 0: whole micro-batches
   int32_t slack_rows = 0;  // rows beside a chunk that Saved has room for
   std::chrono::steady_clock::time_point epoch = std::chrono::steady_clock::now();
@@ -104,12 +107,17 @@ struct Engine::Impl {
   // ---- step lock
   mutable FairMutex step_lock;
   std::atomic<bool> stepping{false};
+  double waiting_seconds = 0;  // of the step under way: for the device, or computing where that is the host
   std::unique_ptr<Core> core;
   StepBudget budget;                             // no limit; tests cut backward at random places
   std::function<void(const char* phase)> probe;  // called between phases; tests throw from it
   std::unique_ptr<Trace> trace;
   double numbers_published = -1;  // when the numbers that take a while to compute were
   double last_end = -1;           // of the last step that left work
+
+  // memory (engine.cpp)
+  void reserve(const OpsLimits& most);
+  std::unique_ptr<TrainState> new_train_state(const AdapterRecord& record, const float* master) const;  // step lock held
 
   // submission (engine.cpp)
   void require_usable() const;                                              // front held
@@ -132,6 +140,7 @@ struct Engine::Impl {
 
   // the step (step.cpp)
   StepResult step();
+  void fail(const DeviceError& error);
   void take_in();
   void take_in(Request&& request);
   void take_in(Job&& job);
@@ -140,9 +149,10 @@ struct Engine::Impl {
   void forget_if_unused(const AdapterPtr& adapter);
   void run(const Plan& plan);
   WeightTableOfStep weights_of(const Plan& plan);
-  void reserve(const Plan& plan, const BatchView& view);
-  void run_forward(const Plan& plan, const BatchView& view);
+  void reserve_step(const Plan& plan, const BatchView& view);
+  void run_forward(const Plan& plan, const StepBatch& batch);
   void update(const StepBatch& batch);
+  void prefetch();
   void reject_late();
   void collect(const Plan& plan, const StepBatch& batch, StepOutcome outcome);
   void collect_losses(const Plan& plan, const StepBatch& batch);
@@ -182,6 +192,11 @@ void ensure(Buffer& buffer, Device& device, size_t bytes);
 // For tests: the inside of an engine.
 struct EngineAccess {
   static Engine::Impl& impl(Engine& engine) { return *engine.impl_; }
+  // An engine over a backend of the test's own.
+  static std::unique_ptr<Engine> make(std::shared_ptr<const BaseModel> model, EngineOptions options, std::shared_ptr<Ops> ops) {
+    return std::unique_ptr<Engine>(
+        new Engine(std::make_unique<Engine::Impl>(std::move(model), std::move(options), std::move(ops))));
+  }
 };
 
 }  // namespace loquetier

@@ -85,11 +85,7 @@ MicroBatch build_micro_batch(const Plan& plan, const ModelConfig& config, std::v
                             " examples, got ", examples.size());
 
   const size_t sequences = all.rows.size(), slices = micro.layer_slices.size();
-  size_t bytes = sequences * 2 * sizeof(int32_t) + groups.size() * sizeof(LoraGroup) +
-                 (view.dropout ? static_cast<size_t>(view.train_rows) * sizeof(uint64_t) : 0);
-  // Every block of a part holds its rows' groups: at most all groups, and one more for each block.
-  bytes += 4 * ((groups.size() + slices) * sizeof(LoraGroup) + sequences * 2 * sizeof(int32_t));
-  in.begin(bytes + 64 * (8 + 4 * slices));
+  in.begin(micro_metadata_bytes(view.dropout ? static_cast<size_t>(view.train_rows) : 0, sequences, groups.size(), slices));
   const uint64_t* row_keys = nullptr;
   if (view.dropout) {
     auto keys = in.take<uint64_t>(static_cast<size_t>(view.train_rows));
@@ -126,7 +122,15 @@ MicroBatch build_micro_batch(const Plan& plan, const ModelConfig& config, std::v
   return micro;
 }
 
+size_t micro_metadata_bytes(size_t rows, size_t sequences, size_t groups, size_t slices) {
+  size_t bytes = sequences * 2 * sizeof(int32_t) + groups * sizeof(LoraGroup) + rows * sizeof(uint64_t);
+  // Every block of a part holds its rows' groups: at most all groups, and one more for each block.
+  bytes += 4 * ((groups + slices) * sizeof(LoraGroup) + sequences * 2 * sizeof(int32_t));
+  return bytes + 64 * (8 + 4 * slices);
+}
+
 void refresh_micro_batch(MicroBatch& micro, Blob& in) {
+  bool moved = false;
   // The host copies of the groups lie in this engine's own block, which is const only for those who read the batch.
   const auto point = [&](const LoraGroups& list, int64_t begin) {
     auto* groups = const_cast<LoraGroup*>(list.host_groups);
@@ -134,13 +138,14 @@ void refresh_micro_batch(MicroBatch& micro, Blob& in) {
     const LoraGroup* all = micro.view.train_groups.host_groups;
     for (int32_t g = 0; g < list.count; ++g) {
       while (all[w].row_begin + all[w].rows <= begin + groups[g].row_begin) ++w;
+      moved |= groups[g].sites != micro.weights[w]->device_sites();
       groups[g].sites = micro.weights[w]->device_sites();
       groups[g].host_sites = micro.weights[w]->host_sites();
     }
   };
   point(micro.view.train_groups, 0);
   for (const BackwardBlock& block : micro.blocks) point(block.groups, block.row_begin);
-  in.upload();
+  if (moved) in.upload();
 }
 
 }  // namespace loquetier

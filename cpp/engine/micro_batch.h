@@ -1,8 +1,8 @@
 // A micro-batch from its first row's forward to the end of its backward: what of its examples the steps need (the jobs may be
 // cancelled meanwhile), the training view over all of its rows, and the blocks that slices of its backward are about.
 //
-// Its arrays lie in a metadata block of its own, which is sent again with every step that touches it: the adapters may have left
-// the pool and come back elsewhere.
+// Its arrays lie in a metadata block of its own, which is sent with its first slice of backward, and again when the adapters have
+// left the pool and come back elsewhere.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +54,9 @@ struct MicroBatch {
 MicroBatch build_micro_batch(const Plan& plan, const ModelConfig& config, std::vector<MicroExampleData> examples,
                              std::vector<std::shared_ptr<AdapterWeights>> weights_of_examples, int32_t slice_rows, bool rerun,
                              Blob& in);
-// Points the groups at where the adapters' weights lie now, and sends the block.
+// What its arrays take, at most.
+size_t micro_metadata_bytes(size_t rows, size_t sequences, size_t groups, size_t slices);
+// Points the groups at where the adapters' weights lie now, and sends the block when it does not lie on the device like that.
 void refresh_micro_batch(MicroBatch& micro, Blob& in);
 
 }  // namespace loquetier

@@ -71,6 +71,7 @@ void Engine::Impl::observe(const Plan& plan, double begin, double planned) {
   const double end = now(), seconds = end - begin;
   c.stats.steps += 1;
   c.stats.step_seconds += seconds;
+  c.stats.host_seconds += seconds - waiting_seconds;
   if (plan.empty()) return;
   const double predicted = c.cost.predict(c.work);
   c.stats.last_step_seconds = seconds;
@@ -106,8 +107,20 @@ void Engine::Impl::publish() {
   s.resident_adapters = c.pool.resident_count();
   s.adapter_evictions = c.pool.evictions();
   s.adapter_fetches = c.pool.fetches();
+  s.adapter_prefetches = c.pool.prefetches();
   s.adapter_pool_used = static_cast<int64_t>(c.pool.used());
-  s.arena_bytes = static_cast<int64_t>(c.saved_storage.bytes() + c.scratch_storage.bytes());
+  s.graph_captures = c.graphs.counts().captures;
+  s.graph_replays = c.graphs.counts().replays;
+  s.graphs = c.graphs.counts().kept;
+  s.graph_seconds = c.graphs.counts().capture_seconds;
+  s.saved_bytes = static_cast<int64_t>(c.saved_storage.bytes());
+  s.scratch_bytes = static_cast<int64_t>(c.scratch_storage.bytes());
+  size_t tables = c.pool.tables_bytes();
+  for (const Blob* blob : {&c.metadata, &c.micro_metadata, &c.chunk_metadata, &c.results, &c.chunk_results})
+    tables += blob->device_bytes();
+  s.metadata_bytes = static_cast<int64_t>(tables);
+  s.workspace_bytes = static_cast<int64_t>(c.ops->workspace_bytes());
+  s.arena_bytes = s.saved_bytes + s.scratch_bytes;
   s.deadlines_met = planner.deadlines_met;
   s.deadlines_missed = planner.deadlines_missed + s.rejected_requests;
   if (now() - numbers_published >= kNumbersEvery || numbers_published < 0 || !c.planner.has_work()) {

@@ -38,7 +38,13 @@ StepResult Engine::Impl::step() {
     require_usable();
   }
   const double begin = now();
-  take_in();
+  waiting_seconds = 0;
+  try {
+    take_in();
+  } catch (const DeviceError& error) {
+    fail(error);
+    throw;
+  }
   reject_late();
   budget.now = now();
   const Plan plan = core->planner.plan(budget);
@@ -47,10 +53,7 @@ StepResult Engine::Impl::step() {
     try {
       run(plan);
     } catch (const DeviceError& error) {
-      {
-        std::lock_guard guard(front);
-        failure = error.what();
-      }
+      fail(error);
       if (!core->committed) core->planner.abort(plan);  // nothing else: the device answers no more, and no step follows
       publish();
       throw;
@@ -66,6 +69,11 @@ StepResult Engine::Impl::step() {
   StepResult result = std::exchange(core->events, {});
   publish();
   return result;
+}
+
+void Engine::Impl::fail(const DeviceError& error) {
+  std::lock_guard guard(front);
+  failure = error.what();
 }
 
 // ---------------------------------------------------------------- the inbox
@@ -107,6 +115,19 @@ void Engine::Impl::take_in(Job&& job) {
     core->jobs.emplace(id, std::move(job));
     finish_job(id, "cancelled");
     return;
+  }
+  if (job.train && !job.adapter->train) {
+    AdapterRecord& a = *job.adapter;
+    try {
+      a.train = new_train_state(a, master_values(a).data());
+    } catch (const OutOfMemory& error) {
+      const int64_t id = job.id;
+      core->jobs.emplace(id, std::move(job));
+      finish_job(id, concat("error: ", error.what()));
+      return;
+    }
+    a.exact = {};
+    core->stats.training_state_bytes += static_cast<int64_t>(a.train->bytes());
   }
   JobSpec spec;
   spec.id = job.id;
@@ -192,8 +213,11 @@ void Engine::Impl::run(const Plan& plan) {
 
   if (!plan.micro_batch.empty()) begin_micro_batch(plan, weights);
   note_rows(plan, budget.now);
-  const StepContext context{c.model.config(), c.planner, c.adapters,        c.requests,
-                            c.jobs,           weights,   options.page_size, c.micro ? &*c.micro : nullptr};
+  const int32_t graph_rows =
+      c.graphs.enabled() ? static_cast<int32_t>(std::min<int64_t>(kMostDecodeRows, options.max_batch_tokens)) : 0;
+  const StepContext context{
+      c.model.config(),      c.planner, c.adapters, c.requests, c.jobs, weights, options.page_size, c.micro ? &*c.micro : nullptr,
+      options.max_lora_rank, graph_rows};
   // A chunk that runs layer by layer has a batch of its own.
   Plan beside;
   const bool apart = plan.forward_slices > 0 && !plan.resumes;
@@ -201,14 +225,15 @@ void Engine::Impl::run(const Plan& plan) {
   const Plan& batch_plan = apart ? beside : plan;
   StepBatch batch = build_step(batch_plan, context, c.metadata, c.results);
   mark("planned");
-  reserve(plan, batch.view);
-  if (c.micro) refresh_micro_batch(*c.micro, c.micro_metadata);
+  reserve_step(plan, batch.view);
+  if (c.micro && plan.backward_slices > 0) refresh_micro_batch(*c.micro, c.micro_metadata);
   c.metadata.upload();
   mark("uploaded");
+  const bool computes = c.ops->device().host_addressable();  // then the calls below return when the work is done
+  const double launching = now();
 
-  const double forward_begin = now();
-  if (batch.view.rows > 0) run_forward(plan, batch.view);
-  if (trace && batch.view.rows > 0) trace->event("forward", forward_begin, now(), {{"rows", double(batch.view.rows)}});
+  if (batch.view.rows > 0) run_forward(plan, batch);
+  if (trace && batch.view.rows > 0) trace->event("forward", launching, now(), {{"rows", double(batch.view.rows)}});
   StepOutcome outcome;
   if (plan.forward_slices > 0) run_forward_slices(plan, context, outcome);
   mark("forward");
@@ -216,15 +241,18 @@ void Engine::Impl::run(const Plan& plan) {
   mark("backward");
   if (ended && batch.updates.job_count > 0) update(batch);
   mark("optimizer");
+  prefetch();
+  const double waiting = computes ? launching : now();
   c.results.download();
   if (c.finished_chunk) c.chunk_results.download();
   if (batch.view.head_count == 0 && batch.updates.job_count == 0) c.ops->device().synchronize();  // nothing else waited
+  waiting_seconds += now() - waiting;
   mark("downloaded");
   collect(plan, batch, outcome);
 }
 
 // Memory of the step: what its batch, the slices behind it, and a micro-batch that begins need.
-void Engine::Impl::reserve(const Plan& plan, const BatchView& view) {
+void Engine::Impl::reserve_step(const Plan& plan, const BatchView& view) {
   Core& c = *core;
   Device& device = c.ops->device();
   const SliceShape shape = slice_shape();
@@ -245,11 +273,15 @@ void Engine::Impl::reserve(const Plan& plan, const BatchView& view) {
   c.stats.arena_peak = std::max(c.stats.arena_peak, static_cast<int64_t>(saved.peak()));
 }
 
-void Engine::Impl::run_forward(const Plan& plan, const BatchView& view) {
+void Engine::Impl::run_forward(const Plan& plan, const StepBatch& batch) {
   Core& c = *core;
+  const BatchView& view = batch.view;
   Arena scratch(c.scratch_storage.data(), c.scratch_storage.bytes());
   Arena saved(c.saved_storage.data(), c.saved_storage.bytes());
-  if (view.train_rows > 0 && slice_rows > 0) {
+  if (batch.decode) {
+    c.graphs.run(view, *batch.decode, c.kv, scratch);
+    c.model.decode_heads(view, scratch);
+  } else if (view.train_rows > 0 && slice_rows > 0) {
     run_chunk(view, scratch);
   } else {
     c.model.forward(view, c.kv, view.train_rows > 0 ? &c.micro->saved : nullptr, saved, scratch, recompute);
@@ -262,16 +294,28 @@ void Engine::Impl::update(const StepBatch& batch) {
   Core& c = *core;
   c.ops->grad_norm(batch.updates, batch.norms.device);
   for (int64_t id : batch.update_jobs) {
-    // Requests that pinned the version about to be overwritten keep a copy of it in the host tier.
+    // Requests that pinned the version about to be overwritten keep a copy of it.
     AdapterRecord& a = *c.jobs.at(id).adapter;
     std::shared_ptr<AdapterWeights> old;
     for (auto& [request_id, request] : c.requests) {
       if (request.pinned != a.weights) continue;
-      if (!old) old = c.pool.add(a.layout, c.pool.read(*a.weights).data(), a.weights->version());
+      if (!old) old = c.pool.copy(a.weights, a.weights->version());
       request.pinned = old;
     }
   }
   c.ops->adamw(batch.updates, batch.norms.device);
+}
+
+// Fetches adapters that the next steps will want while this one computes.
+void Engine::Impl::prefetch() {
+  constexpr size_t kFetchedAhead = 4;
+  Core& c = *core;
+  std::vector<std::shared_ptr<AdapterWeights>> next;
+  for (const AdapterUse& use : c.planner.upcoming_adapters(kFetchedAhead)) {
+    const auto& newest = c.adapters.at(use.adapter)->weights;
+    if (newest->version() == use.version) next.push_back(newest);
+  }
+  if (!next.empty()) c.pool.prefetch(next);
 }
 
 // ---------------------------------------------------------------- results
@@ -354,6 +398,7 @@ void Engine::Impl::complete_jobs(const std::vector<int64_t>& completed, const St
 
 void Engine::Impl::collect_tokens(const Plan& plan, const StepBatch& batch) {
   Core& c = *core;
+  c.events.tokens.reserve(c.events.tokens.size() + batch.heads.size() - static_cast<size_t>(batch.sample_begin));
   for (size_t i = static_cast<size_t>(batch.sample_begin); i < batch.heads.size(); ++i) {
     const Segment& s = plan.segments[static_cast<size_t>(batch.heads[i].segment)];
     Request& r = c.requests.at(s.id);

@@ -1,7 +1,9 @@
 #include "engine/step_batch.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <span>
 
 #include "core/random.h"
 
@@ -29,14 +31,21 @@ struct Sampling {
 class Builder {
  public:
   Builder(const Plan& plan, const StepContext& context) : plan_(plan), context_(context) {
-    for (const Segment& s : plan.segments) count_[static_cast<int>(s.kind)] += 1;
+    requests_.resize(plan.segments.size());
+    for (size_t i = 0; i < plan.segments.size(); ++i) {
+      const Segment& s = plan.segments[i];
+      count_[static_cast<int>(s.kind)] += 1;
+      if (!packed(s)) requests_[i] = {&context.requests.at(s.id), context.planner.tokens(s.id), context.planner.pages(s.id)};
+    }
   }
 
   StepBatch build(Blob& in, Blob& out) {
     gather_heads();
     gather_updates();
-    in.begin(metadata_bytes());
-    view().rows = plan_.total_rows();
+    gather_groups();
+    const BatchCounts n = counts();
+    in.begin(metadata_bytes(n));
+    view().rows = static_cast<int64_t>(n.rows);
     view().train_rows = plan_.rows[0];
     view().packed_rows = plan_.rows[0] + plan_.rows[1];
     view().saved_row = plan_.rows[0] > 0 ? plan_.micro_row : 0;
@@ -46,6 +55,7 @@ class Builder {
     pack_groups(in);
     pack_heads(in);
     pack_updates(in);
+    out.begin(results_bytes(n));
     carve_results(out);
     return std::move(step_);
   }
@@ -53,11 +63,15 @@ class Builder {
  private:
   BatchView& view() { return step_.view; }
   const Job& job(const Segment& s) const { return context_.jobs.at(s.id); }
-  const Request& request(const Segment& s) const { return context_.requests.at(s.id); }
   const MicroExampleData& trained(const Segment& s) const { return context_.micro->find(s.id, s.example); }
   const PreparedExample& example(const Segment& s) const {
     return s.kind == Kind::train ? trained(s).data : job(s).examples[static_cast<size_t>(s.example)];
   }
+  // Of a segment with pages: looked up once.
+  struct Served {
+    const Request* request = nullptr;
+    std::span<const int32_t> tokens, pages;
+  };
   const AdapterLayout& layout(const Segment& s) const { return *context_.adapters.at(s.adapter)->layout; }
   static bool packed(const Segment& s) { return s.kind == Kind::train || s.kind == Kind::eval; }
 
@@ -80,7 +94,7 @@ class Builder {
     }
     for (size_t i = 0; i < plan_.segments.size(); ++i) {
       const Segment& s = plan_.segments[i];
-      if (s.kind == Kind::prefill && request(s).sampling.prompt_logprobs) gather_prompt_heads(i, s);
+      if (s.kind == Kind::prefill && requests_[i].request->sampling.prompt_logprobs) gather_prompt_heads(i, s);
     }
     heads_.logprob = static_cast<int32_t>(heads_.refs.size()) - heads_.train;
     step_.sample_begin = static_cast<int32_t>(heads_.refs.size());
@@ -88,14 +102,14 @@ class Builder {
       const Segment& s = plan_.segments[i];
       if (!s.samples) continue;
       add_head(i, 0, s.row_begin + s.rows - 1, {});
-      gather_sampling(s);
+      gather_sampling(requests_[i]);
     }
     view().head_count = static_cast<int32_t>(heads_.refs.size());
   }
 
   void gather_prompt_heads(size_t segment, const Segment& s) {
-    const auto tokens = context_.planner.tokens(s.id);
-    const int64_t prompt_length = request(s).prompt_length;
+    const auto tokens = requests_[segment].tokens;
+    const int64_t prompt_length = requests_[segment].request->prompt_length;
     for (int32_t r = 0; r < s.rows; ++r) {
       const int32_t position = s.position + r;
       if (position + 1 >= prompt_length) break;
@@ -111,10 +125,10 @@ class Builder {
     heads_.loss_rows.push_back(loss);
   }
 
-  void gather_sampling(const Segment& s) {
-    const Request& r = request(s);
+  void gather_sampling(const Served& served) {
+    const Request& r = *served.request;
     const SamplingParams& p = r.sampling;
-    const auto tokens = context_.planner.tokens(s.id);
+    const auto tokens = served.tokens;
     SampleRow row;
     row.temperature = static_cast<float>(p.temperature);
     row.top_p = static_cast<float>(p.top_p);
@@ -161,36 +175,45 @@ class Builder {
 
   // ---- packing
 
-  size_t metadata_bytes() const {
-    const size_t rows = static_cast<size_t>(plan_.total_rows()), segments = plan_.segments.size(), heads = heads_.refs.size();
-    size_t pages = 0;
-    for (const Segment& s : plan_.segments) {
-      if (!packed(s)) pages = std::max(pages, context_.planner.pages(s.id).size());
+  BatchCounts counts() const {
+    BatchCounts n;
+    n.rows = static_cast<size_t>(plan_.total_rows());
+    n.segments = plan_.segments.size();
+    n.paged = static_cast<size_t>(count_[2] + count_[3]);
+    for (const Served& served : requests_) n.pages = std::max(n.pages, served.pages.size());
+    if (const auto& shape = step_.decode) {
+      n.rows = n.paged = static_cast<size_t>(shape->rows);
+      n.segments = std::max(n.segments, static_cast<size_t>(shape->groups));
+      n.pages = static_cast<size_t>(shape->pages);
     }
-    const size_t chunks = heads / static_cast<size_t>(kHeadChunk) + 4;
-    size_t bytes = rows * (3 * sizeof(int32_t) + sizeof(uint64_t));
-    bytes += segments * (16 * sizeof(int32_t) + pages * sizeof(int32_t) + 3 * sizeof(LoraGroup) + sizeof(SampleRow));
-    bytes += (segments + chunks) * sizeof(LoraGroup);
-    bytes += heads * (sizeof(int32_t) + sizeof(LossRow) + sizeof(uint64_t));
-    bytes += (sampling_.history.size() + sampling_.bias_ids.size() * 2 + sampling_.forbidden.size()) * sizeof(int32_t);
-    bytes += adam_tensors_.size() * sizeof(AdamTensor) + adam_jobs_.size() * sizeof(AdamJob);
-    return bytes + 64 * (40 + chunks);  // alignment of each array
+    n.heads = heads_.refs.size();
+    n.samples = sampling_.rows.size();
+    n.words = sampling_.history.size() + sampling_.bias_ids.size() * 2 + sampling_.forbidden.size();
+    n.adam_tensors = adam_tensors_.size();
+    n.adam_jobs = adam_jobs_.size();
+    n.top_columns = static_cast<size_t>(step_.top_columns);
+    return n;
   }
 
   void pack_rows(Blob& in) {
     const auto rows = static_cast<size_t>(view().rows);
     auto ids = in.take<int32_t>(rows), positions = in.take<int32_t>(rows), slots = in.take<int32_t>(rows);
-    for (const Segment& s : plan_.segments) {
-      const int32_t* source = packed(s) ? example(s).ids.data() : context_.planner.tokens(s.id).data();
+    for (size_t i = 0; i < plan_.segments.size(); ++i) {
+      const Segment& s = plan_.segments[i];
+      const int32_t* source = packed(s) ? example(s).ids.data() : requests_[i].tokens.data();
+      const auto pages = requests_[i].pages;
       for (int32_t r = 0; r < s.rows; ++r) {
         const int32_t row = s.row_begin + r, position = s.position + r;
         ids.host[row] = source[position];
         positions.host[row] = position;
-        slots.host[row] = -1;
-        if (packed(s)) continue;
-        const int32_t page = context_.planner.pages(s.id)[static_cast<size_t>(position / context_.page_size)];
-        slots.host[row] = page * context_.page_size + position % context_.page_size;
+        slots.host[row] = packed(s) ? -1
+                                    : pages[static_cast<size_t>(position / context_.page_size)] * context_.page_size +
+                                          position % context_.page_size;
       }
+    }
+    for (size_t row = static_cast<size_t>(plan_.total_rows()); row < rows; ++row) {  // of a graph's layout
+      ids.host[row] = positions.host[row] = 0;
+      slots.host[row] = -1;
     }
     view().ids = ids.device;
     view().positions = positions.device;
@@ -224,27 +247,27 @@ class Builder {
 
   void pack_paged(Blob& in) {
     PagedBatch& p = view().paged;
-    p.sequences = count_[2] + count_[3];
-    p.decodes = count_[3];
+    p.sequences = step_.decode ? step_.decode->rows : count_[2] + count_[3];
+    p.decodes = step_.decode ? step_.decode->rows : count_[3];
     const auto n = static_cast<size_t>(p.sequences);
-    size_t width = 0;
-    for (const Segment& s : plan_.segments) {
-      if (!packed(s)) width = std::max(width, context_.planner.pages(s.id).size());
-    }
+    size_t width = step_.decode ? static_cast<size_t>(step_.decode->pages) : 0;
+    for (const Served& served : requests_) width = std::max(width, served.pages.size());
     p.max_pages = static_cast<int32_t>(width);
     auto begin = in.take<int32_t>(n), rows = in.take<int32_t>(n), kv_len = in.take<int32_t>(n), table = in.take<int32_t>(n * width);
     size_t i = 0;
-    for (const Segment& s : plan_.segments) {
-      if (packed(s)) continue;
-      begin.host[i] = s.row_begin;
-      rows.host[i] = s.rows;
-      kv_len.host[i] = s.position + s.rows;
-      const auto pages = context_.planner.pages(s.id);
+    const auto put = [&](int32_t row_begin, int32_t row_count, int32_t keys, std::span<const int32_t> pages) {
+      begin.host[i] = row_begin;
+      rows.host[i] = row_count;
+      kv_len.host[i] = keys;
       int32_t* row = table.host + i * width;
-      std::copy(pages.begin(), pages.end(), row);
-      std::fill(row + pages.size(), row + width, 0);
+      std::fill(std::copy(pages.begin(), pages.end(), row), row + width, 0);
       ++i;
+    };
+    for (size_t at = 0; at < plan_.segments.size(); ++at) {
+      const Segment& s = plan_.segments[at];
+      if (!packed(s)) put(s.row_begin, s.rows, s.position + s.rows, requests_[at].pages);
     }
+    while (i < n) put(static_cast<int32_t>(i), 0, 0, {});  // of a graph's layout: no rows
     p.row_begin = begin.device;
     p.rows = rows.device;
     p.kv_len = kv_len.device;
@@ -268,36 +291,71 @@ class Builder {
     return g;
   }
 
+  struct GroupList {
+    std::vector<LoraGroup> groups;
+    int32_t max_rank = 0;
+    DecodeCounts counts;  // of the layers: groups, largest, rank, vectors, parts
+  };
+
   // Groups of consecutive items that use one adapter; `segment_of(i)` and `row_of(i)` describe item i, `rows_of(i)` its rows.
   template <class Segments, class Rows>
-  LoraGroups groups(Blob& in, size_t items, Segments segment_of, Rows rows_of, bool lm_head_only, const uint64_t* row_keys) {
-    std::vector<LoraGroup> list;
-    LoraGroups out;
+  GroupList list_groups(size_t items, Segments segment_of, Rows rows_of, bool lm_head_only) const {
+    GroupList list;
     const Segment* previous = nullptr;
+    const AdapterLayout* shape = nullptr;  // of `previous`
     for (size_t i = 0; i < items; ++i) {
       const Segment& s = segment_of(i);
       const auto [row, rows] = rows_of(i);
-      if (s.adapter == kBaseAdapter || (lm_head_only && !layout(s).lm_head)) {
+      if (s.adapter != kBaseAdapter && (!previous || previous->adapter != s.adapter)) shape = &layout(s);
+      if (s.adapter == kBaseAdapter || (lm_head_only && !shape->lm_head)) {
         previous = nullptr;
         continue;
       }
       const bool same = previous && previous->adapter == s.adapter && previous->version == s.version &&
                         (previous->kind == Kind::train) == (s.kind == Kind::train) &&
-                        list.back().row_begin + list.back().rows == row;
+                        list.groups.back().row_begin + list.groups.back().rows == row;
       if (!same) {
-        list.push_back(group_of(s));
-        list.back().row_begin = row;
-        out.max_rank = std::max(out.max_rank, layout(s).max_rank);
+        list.groups.push_back(group_of(s));
+        list.groups.back().row_begin = row;
+        list.max_rank = std::max(list.max_rank, shape->max_rank);
+        list.counts.rank = std::max(list.counts.rank, shape->part_rank);
+        list.counts.vectors = list.counts.vectors && shape->vector_ranks;
+        list.counts.parts |= shape->parts;
       }
-      list.back().rows += rows;
+      list.groups.back().rows += rows;
+      list.counts.largest = std::max(list.counts.largest, list.groups.back().rows);
       previous = &s;
     }
-    const Both<LoraGroup> packed_groups = in.put(list.data(), list.size());
-    out.groups = packed_groups.device;
-    out.host_groups = packed_groups.host;
-    out.count = static_cast<int32_t>(list.size());
+    list.counts.groups = static_cast<int32_t>(list.groups.size());
+    return list;
+  }
+
+  LoraGroups put_groups(Blob& in, const GroupList& list, const uint64_t* row_keys) const {
+    LoraGroups out;
+    const Both<LoraGroup> both = in.put(list.groups.data(), list.groups.size());
+    out.groups = both.device;
+    out.host_groups = both.host;
+    out.count = static_cast<int32_t>(list.groups.size());
+    out.max_rank = list.max_rank;
     out.row_keys = row_keys;
     return out;
+  }
+
+  // The batch's groups, and whether it is one for a graph.
+  void gather_groups() {
+    auto segment_of = [&](size_t i) -> const Segment& { return plan_.segments[i]; };
+    auto rows_of = [&](size_t i) { return std::pair(plan_.segments[i].row_begin, plan_.segments[i].rows); };
+    groups_ = list_groups(plan_.segments.size(), segment_of, rows_of, false);
+    if (count_[3] == 0 || count_[3] != static_cast<int32_t>(plan_.segments.size())) return;
+    DecodeCounts& n = groups_.counts;
+    n.rows = count_[3];
+    if (decode_bucket(n.rows) > context_.most_graph_rows) return;
+    for (const Served& served : requests_) n.pages = std::max(n.pages, static_cast<int32_t>(served.pages.size()));
+    step_.decode = decode_shape(n, context_.max_rank);
+    LoraGroup none;  // behind the last row, no rows, no adapter
+    none.row_begin = step_.decode->rows;
+    groups_.groups.resize(static_cast<size_t>(step_.decode->groups), none);
+    groups_.max_rank = step_.decode->columns;
   }
 
   void pack_groups(Blob& in) {
@@ -316,9 +374,7 @@ class Builder {
       }
       row_keys = keys.device;
     }
-    auto segment_of = [&](size_t i) -> const Segment& { return plan_.segments[i]; };
-    auto rows_of = [&](size_t i) { return std::pair(plan_.segments[i].row_begin, plan_.segments[i].rows); };
-    view().groups = groups(in, plan_.segments.size(), segment_of, rows_of, false, row_keys);
+    view().groups = put_groups(in, groups_, row_keys);
   }
 
   void pack_heads(Blob& in) {
@@ -354,7 +410,7 @@ class Builder {
         };
         auto rows_of = [&](size_t i) { return std::pair(static_cast<int32_t>(i), 1); };
         const uint64_t* keys = kind == HeadKind::train && head_keys ? head_keys + chunk.begin : nullptr;
-        chunk.groups = groups(in, static_cast<size_t>(chunk.rows), segment_of, rows_of, true, keys);
+        chunk.groups = put_groups(in, list_groups(static_cast<size_t>(chunk.rows), segment_of, rows_of, true), keys);
         if (kind == HeadKind::sample) {
           chunk.sampling.rows = sample_rows.device + done;
           chunk.sampling.host_rows = sample_rows.host + done;
@@ -383,7 +439,6 @@ class Builder {
   void carve_results(Blob& out) {
     const auto heads = static_cast<size_t>(view().head_count), samples = sampling_.rows.size(),
                columns = static_cast<size_t>(step_.top_columns);
-    out.begin(heads * 12 + samples * columns * 8 + step_.update_jobs.size() * 4 + 64 * 8);
     step_.logprob = out.take<float>(heads);
     step_.loss = out.take<float>(heads);
     step_.sampled = out.take<int32_t>(heads);
@@ -402,6 +457,8 @@ class Builder {
   const Plan& plan_;
   const StepContext& context_;
   StepBatch step_;
+  std::vector<Served> requests_;  // beside the plan's segments
+  GroupList groups_;
   Heads heads_;
   Sampling sampling_;
   std::vector<AdamTensor> adam_tensors_;
@@ -410,6 +467,35 @@ class Builder {
 };
 
 }  // namespace
+
+size_t metadata_bytes(const BatchCounts& n) {
+  const size_t chunks = n.heads / static_cast<size_t>(kHeadChunk) + 4;
+  size_t bytes = n.rows * (3 * sizeof(int32_t) + sizeof(uint64_t));
+  bytes += n.segments * (16 * sizeof(int32_t) + 3 * sizeof(LoraGroup)) + n.paged * n.pages * sizeof(int32_t);
+  bytes += (n.segments + chunks) * sizeof(LoraGroup) + n.samples * sizeof(SampleRow);
+  bytes += n.heads * (sizeof(int32_t) + sizeof(LossRow) + sizeof(uint64_t)) + n.words * sizeof(int32_t);
+  bytes += n.adam_tensors * sizeof(AdamTensor) + n.adam_jobs * sizeof(AdamJob);
+  return bytes + 64 * (40 + chunks);  // alignment of each array
+}
+
+size_t results_bytes(const BatchCounts& n) {
+  return n.heads * 3 * sizeof(float) + n.samples * n.top_columns * 2 * sizeof(float) + n.adam_jobs * sizeof(float) + 64 * 8;
+}
+
+BatchCounts most_counts(int64_t rows, int64_t sequences, int64_t pages, int64_t train_rows) {
+  constexpr size_t kWordsPerSequence = 2048, kUpdates = 1024, kTopColumns = 20;
+  const auto decodes = static_cast<size_t>(std::min<int64_t>(rows, decode_bucket(static_cast<int32_t>(sequences))));
+  BatchCounts n;
+  n.rows = n.heads = static_cast<size_t>(rows);
+  n.segments = static_cast<size_t>(rows);
+  n.paged = n.samples = decodes;
+  n.pages = std::bit_ceil(static_cast<size_t>(pages));
+  n.words = decodes * kWordsPerSequence;
+  n.adam_jobs = std::min(static_cast<size_t>(train_rows), kUpdates);
+  n.adam_tensors = 2 * n.adam_jobs;
+  n.top_columns = kTopColumns;
+  return n;
+}
 
 StepBatch build_step(const Plan& plan, const StepContext& context, Blob& in, Blob& out) {
   return Builder(plan, context).build(in, out);

@@ -3,10 +3,12 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
 #include "engine/blob.h"
+#include "engine/decode_graph.h"
 #include "engine/micro_batch.h"
 #include "engine/records.h"
 #include "model/model.h"
@@ -28,6 +30,8 @@ struct StepContext {
   const WeightTableOfStep& weights;  // of every plan.adapters entry, resident
   int32_t page_size = 0;
   const MicroBatch* micro = nullptr;  // of training segments
+  int32_t max_rank = 0;               // of one projection
+  int32_t most_graph_rows = 0;        // steps of decodes alone up to this bucket are laid out for a graph; 0: none
 };
 
 // Which segment a head row belongs to, and which of its targets (train, eval) or prompt positions (prefill).
@@ -38,18 +42,36 @@ struct HeadRef {
 
 struct StepBatch {
   BatchView view;
-  std::vector<HeadRef> heads;        // [view.head_count]
-  int32_t sample_begin = 0;          // first head row that samples
-  std::vector<int64_t> update_jobs;  // jobs of plan.completed_jobs that end with an optimizer step, in order
-  AdamBatch updates;                 // one AdamJob per entry of update_jobs
-  Both<float> logprob;               // [head_count]
-  Both<float> loss;                  // [head_count]
-  Both<int32_t> sampled;             // [head_count]
-  Both<int32_t> top_ids;             // [samples, top_columns]
+  std::optional<DecodeShape> decode;  // the layout, when it is by buckets
+  std::vector<HeadRef> heads;         // [view.head_count]
+  int32_t sample_begin = 0;           // first head row that samples
+  std::vector<int64_t> update_jobs;   // jobs of plan.completed_jobs that end with an optimizer step, in order
+  AdamBatch updates;                  // one AdamJob per entry of update_jobs
+  Both<float> logprob;                // [head_count]
+  Both<float> loss;                   // [head_count]
+  Both<int32_t> sampled;              // [head_count]
+  Both<int32_t> top_ids;              // [samples, top_columns]
   Both<float> top_logprobs;
   int32_t top_columns = 0;
   Both<float> norms;  // [update_jobs]
 };
+
+// How much of everything a step has; what its tables take is a function of that, so that they can be reserved by their maxima.
+struct BatchCounts {
+  size_t rows = 0;
+  size_t segments = 0;
+  size_t paged = 0;  // segments with pages
+  size_t pages = 0;  // most of one of them
+  size_t heads = 0;
+  size_t samples = 0;
+  size_t words = 0;  // int32 of sampling: histories, biases, forbidden tokens
+  size_t adam_tensors = 0, adam_jobs = 0;
+  size_t top_columns = 0;
+};
+size_t metadata_bytes(const BatchCounts& counts);
+size_t results_bytes(const BatchCounts& counts);
+// The most that steps have, but for the words: long histories under penalties and large bias maps may need more than is foreseen.
+BatchCounts most_counts(int64_t rows, int64_t sequences, int64_t pages, int64_t train_rows);
 
 // Fills `in` (metadata, not yet uploaded) and carves `out` (results).
 StepBatch build_step(const Plan& plan, const StepContext& context, Blob& in, Blob& out);

@@ -10,7 +10,6 @@ namespace {
 constexpr double kProbeFlops = 2e8;       // of the host's rate: some milliseconds
 constexpr double kDeviceFlops = 2e11;     // of a device's: under a millisecond
 constexpr double kSliceSeconds = 0.7e-3;  // of a slice, so that one is in any case under a millisecond
-constexpr int64_t kSmallestSlice = 32, kLargestSlice = 1024;
 
 double layer_parameters(const ModelConfig& c) {
   const double h = static_cast<double>(c.hidden_size), q = double{1} * c.num_heads * c.head_size;

@@ -12,7 +12,8 @@ DeviceRates measure_rates(Ops& ops, const ModelWeights& weights);
 ModelShape shape_of(const ModelConfig& config, DType dtype);
 double mlp_share(const ModelConfig& config);  // of a layer's products: o, gate and up, down
 
-// Rows of a piece of training whose part of a layer takes about a millisecond, a power of two in 32 .. 1024, at most max_rows.
+// Rows of a piece of training whose part of a layer takes about a millisecond, a power of two in this range, at most max_rows.
+constexpr int64_t kSmallestSlice = 32, kLargestSlice = 1024;
 int32_t slice_rows_for(const ModelShape& shape, const DeviceRates& rates, int64_t max_rows);
 // Rows of requests that may share a step with a chunk of training.
 int32_t slack_rows_for(int64_t max_batch_tokens, int64_t max_sequences);

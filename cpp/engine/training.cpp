@@ -20,7 +20,9 @@ bool Engine::Impl::stop_before_piece(const Plan& plan) {
   if (slice_rows == 0) return false;
   Device& device = core->ops->device();
   if (core->launched.size() >= kAhead) {
+    const double begin = now();
     device.wait(core->launched.front());
+    if (!device.host_addressable()) waiting_seconds += now() - begin;
     core->launched.pop_front();
   }
   return plan.interruptible && interrupted();
@@ -41,11 +43,6 @@ void Engine::Impl::begin_micro_batch(const Plan& plan, const WeightTableOfStep& 
   for (const MicroExample& e : plan.micro_batch) {
     Job& job = c.jobs.at(e.job);
     AdapterRecord& a = *job.adapter;
-    if (!a.train) {
-      a.train = std::make_unique<TrainState>(*c.ops, a.layout, master_values(a).data());
-      a.exact = {};
-      c.stats.training_state_bytes += static_cast<int64_t>(a.train->bytes());
-    }
     const uint64_t key = mix_key(a.config.seed, job.dropout_base + static_cast<uint64_t>(e.example));
     examples.push_back({e, job.examples[static_cast<size_t>(e.example)], job.adapter, key});
     weights_of_examples.push_back(weights.at({e.adapter, e.version}));

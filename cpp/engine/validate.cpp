@@ -39,7 +39,7 @@ LossKind loss_kind(const std::string& name) {
 }
 
 // Ids, targets and the cut after the last target; weights are left at the example's own values.
-PreparedExample prepare(const Example& example, const std::string& where, const Limits& limits) {
+PreparedExample prepare(const Example& example, const std::string& where, const Limits& limits, bool train) {
   const auto length = static_cast<int64_t>(example.input_ids.size());
   require(length >= 2, where, " input_ids: expected at least 2 tokens (one to see, one to predict), got ", length);
   require(length <= limits.max_positions, where, " input_ids: expected at most ", limits.max_positions,
@@ -71,20 +71,21 @@ PreparedExample prepare(const Example& example, const std::string& where, const 
   require(!prepared.targets.empty(), where, " labels: expected at least one target after the first token, got none (all are ",
           kIgnoreLabel, ")");
   const int64_t rows = prepared.target_rows.back() + 1;
-  require(rows <= limits.max_batch_tokens, where, " input_ids: expected at most ", limits.max_batch_tokens,
-          " rows up to the last target (max_batch_tokens of the engine), got ", rows);
+  const int64_t most = train ? limits.max_train_tokens : limits.max_batch_tokens;
+  require(rows <= most, where, " input_ids: expected at most ", most, " rows up to the last target (",
+          most < limits.max_batch_tokens ? "max_train_tokens" : "max_batch_tokens", " of the engine), got ", rows);
   prepared.ids.assign(example.input_ids.begin(), example.input_ids.begin() + rows);
   return prepared;
 }
 
-std::vector<PreparedExample> prepare_all(const std::vector<Example>& examples, const char* call, const Limits& limits,
+std::vector<PreparedExample> prepare_all(const std::vector<Example>& examples, const char* call, const Limits& limits, bool train,
                                          int64_t& targets) {
   require(!examples.empty(), "[", call, "] examples: expected at least one, got none");
   std::vector<PreparedExample> prepared;
   prepared.reserve(examples.size());
   targets = 0;
   for (size_t i = 0; i < examples.size(); ++i) {
-    prepared.push_back(prepare(examples[i], concat("[", call, "] examples[", i, "]"), limits));
+    prepared.push_back(prepare(examples[i], concat("[", call, "] examples[", i, "]"), limits, train));
     targets += static_cast<int64_t>(prepared.back().targets.size());
   }
   return prepared;
@@ -99,6 +100,9 @@ void validate(const EngineOptions& o) {
           o.kv_cache_tokens.value_or(0));
   require(!o.adapter_pool_bytes || *o.adapter_pool_bytes >= 1, "[engine] adapter_pool_bytes: expected >= 1, got ",
           o.adapter_pool_bytes.value_or(0));
+  require(!o.max_train_tokens || (*o.max_train_tokens >= 0 && *o.max_train_tokens <= o.max_batch_tokens),
+          "[engine] max_train_tokens: expected 0 (no training) .. max_batch_tokens = ", o.max_batch_tokens, ", got ",
+          o.max_train_tokens.value_or(0));
   require(o.memory_fraction > 0 && o.memory_fraction <= 1, "[engine] memory_fraction: expected in (0, 1], got ", o.memory_fraction);
   require(o.max_lora_rank >= 1 && o.max_lora_rank <= 4096, "[engine] max_lora_rank: expected 1..4096, got ", o.max_lora_rank);
   require(o.max_queue >= 1, "[engine] max_queue: expected >= 1, got ", o.max_queue);
@@ -187,7 +191,7 @@ std::vector<PreparedExample> prepare_training(const std::vector<Example>& exampl
     require(examples[i].logprobs && examples[i].advantages, "[submit_train] examples[", i, "]: loss \"", options.loss,
             "\" needs logprobs and advantages");
   }
-  std::vector<PreparedExample> prepared = prepare_all(examples, "submit_train", limits, targets);
+  std::vector<PreparedExample> prepared = prepare_all(examples, "submit_train", limits, true, targets);
   const float scale = options.reduction == "mean" ? 1.0f / static_cast<float>(targets) : 1.0f;
   for (PreparedExample& example : prepared) {
     for (LossRow& row : example.targets) {
@@ -201,7 +205,7 @@ std::vector<PreparedExample> prepare_training(const std::vector<Example>& exampl
 }
 
 std::vector<PreparedExample> prepare_evaluation(const std::vector<Example>& examples, const Limits& limits, int64_t& targets) {
-  std::vector<PreparedExample> prepared = prepare_all(examples, "submit_eval", limits, targets);
+  std::vector<PreparedExample> prepared = prepare_all(examples, "submit_eval", limits, false, targets);
   for (PreparedExample& example : prepared) {
     for (LossRow& row : example.targets) row = {.target = row.target, .weight = row.weight / static_cast<float>(targets)};
   }

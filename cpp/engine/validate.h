@@ -15,6 +15,7 @@ struct Limits {
   int64_t max_positions = 0;
   int64_t kv_tokens = 0;
   int64_t max_batch_tokens = 0;
+  int64_t max_train_tokens = 0;
 };
 
 void validate(const EngineOptions& options);

@@ -136,6 +136,17 @@ std::shared_ptr<ModelWeights> place_weights_on(const std::shared_ptr<const BaseM
   return placed;
 }
 
+namespace {
+std::string placement_key(Ops& ops) { return concat(ops.device().name(), " ", name_of(ops.compute_dtype())); }
+}  // namespace
+
+bool weights_placed(const BaseModel& base, Ops& ops) {
+  const std::lock_guard lock(base.weights().mutex);
+  const auto& placed = base.weights().placed;
+  const auto found = placed.find(placement_key(ops));
+  return found != placed.end() && !found->second.expired();
+}
+
 std::shared_ptr<const ModelWeights> place_weights(const std::shared_ptr<const BaseModel>& base, Ops& ops,
                                                   std::shared_ptr<const void> backend) {
   require(base != nullptr, "[place_weights] base: expected a model, got none");
@@ -143,7 +154,7 @@ std::shared_ptr<const ModelWeights> place_weights(const std::shared_ptr<const Ba
   if (!device.host_addressable() && !backend) return place_weights_on(base, device, ops.compute_dtype());
 
   const BaseWeights& source = base->weights();
-  const std::string key = concat(device.name(), " ", name_of(ops.compute_dtype()));
+  const std::string key = placement_key(ops);
   const std::lock_guard lock(source.mutex);
   std::weak_ptr<const ModelWeights>& shared = source.placed[key];
   if (auto placed = shared.lock()) return placed;

@@ -70,6 +70,8 @@ std::shared_ptr<void> allocate_weights(size_t bytes);
 // gives its backend: device memory is returned through the backend that placed it.
 std::shared_ptr<const ModelWeights> place_weights(const std::shared_ptr<const BaseModel>& base, Ops& ops,
                                                   std::shared_ptr<const void> backend = nullptr);
+// Whether place_weights() with a backend would share a placement that is there.
+bool weights_placed(const BaseModel& base, Ops& ops);
 // The same without sharing, in a device's memory and a dtype.
 std::shared_ptr<ModelWeights> place_weights_on(const std::shared_ptr<const BaseModel>& base, Device& device, DType dtype);
 

@@ -69,8 +69,15 @@ Model::Model(std::shared_ptr<const ModelWeights> weights, Ops& ops) : weights_(s
 
 size_t Model::scratch_bytes(int64_t rows, int64_t train_rows, int64_t head_rows, int64_t rank, Recompute recompute,
                             const SliceShape& slices) const {
-  const ModelConfig& config = weights_->config;
-  const DType dtype = ops_.compute_dtype();
+  return scratch_bytes(weights_->config, ops_.compute_dtype(), rows, train_rows, head_rows, rank, recompute, slices);
+}
+
+size_t Model::saved_bytes(int64_t rows, int64_t train_rows, int64_t rank, Recompute recompute, bool chunked) const {
+  return saved_bytes(weights_->config, ops_.compute_dtype(), rows, train_rows, rank, recompute, chunked);
+}
+
+size_t Model::scratch_bytes(const ModelConfig& config, DType dtype, int64_t rows, int64_t train_rows, int64_t head_rows,
+                            int64_t rank, Recompute recompute, const SliceShape& slices) {
   const bool train = train_rows > 0;
   Arena counter;
   const int64_t saved_rank = slices.chunked ? slices.saved_rank : rank;
@@ -83,10 +90,11 @@ size_t Model::scratch_bytes(int64_t rows, int64_t train_rows, int64_t head_rows,
   return counter.peak();
 }
 
-size_t Model::saved_bytes(int64_t rows, int64_t train_rows, int64_t rank, Recompute recompute, bool chunked) const {
+size_t Model::saved_bytes(const ModelConfig& config, DType dtype, int64_t rows, int64_t train_rows, int64_t rank,
+                          Recompute recompute, bool chunked) {
   if (train_rows == 0) return 0;
   Arena counter;
-  Saved::carve(counter, weights_->config, ops_.compute_dtype(), rows, train_rows, rank, recompute, chunked);
+  Saved::carve(counter, config, dtype, rows, train_rows, rank, recompute, chunked);
   return counter.peak();
 }
 

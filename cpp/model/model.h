@@ -90,6 +90,11 @@ class Model {
   size_t scratch_bytes(int64_t rows, int64_t train_rows, int64_t head_rows, int64_t rank, Recompute recompute,
                        const SliceShape& slices = {}) const;
   size_t saved_bytes(int64_t rows, int64_t train_rows, int64_t rank, Recompute recompute, bool chunked = false) const;
+  // The same of a model that is not there.
+  static size_t scratch_bytes(const ModelConfig& config, DType dtype, int64_t rows, int64_t train_rows, int64_t head_rows,
+                              int64_t rank, Recompute recompute, const SliceShape& slices = {});
+  static size_t saved_bytes(const ModelConfig& config, DType dtype, int64_t rows, int64_t train_rows, int64_t rank,
+                            Recompute recompute, bool chunked = false);
 
   // Runs every layer over all rows, then the heads of every chunk: outputs of BatchView are written. With training rows, `saved` is
   // carved from saved_arena, its dx holds the gradient of final_x after this call, and lm_head's gradients are in. Without, `saved`
@@ -102,6 +107,10 @@ class Model {
   Saved reserve(Arena& saved_arena, int64_t rows, int64_t train_rows, int64_t rank, Recompute recompute) const;
   void forward_layers(const BatchView& batch, KvCache& kv, const Saved& saved, int64_t first, int64_t last, Arena& scratch) const;
   void forward_heads(const BatchView& batch, const Saved& saved, int64_t first, int64_t last, Arena& scratch) const;
+  // The same of a batch of rows with pages, in two pieces: all layers, and the heads over what they left. `scratch` of both is in
+  // the same state. decode_layers() touches nothing but the stream, so it can be recorded (Ops::capture).
+  void decode_layers(const BatchView& batch, KvCache& kv, Arena scratch) const;
+  void decode_heads(const BatchView& batch, Arena& scratch) const;
 
   // One layer of backward, from layer = L - 1 down to batch.lowest_layer: saved.dx goes from the gradient of the layer's output to
   // that of its input (not needed and not computed for lowest_layer), gradients of the layer's adapters are added. Touches training

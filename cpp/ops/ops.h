@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "core/memory.h"
@@ -57,6 +58,8 @@ struct LoraGroup {
 };
 
 // The groups of a range of rows. Groups are ordered by row_begin and do not overlap; rows outside every group have no adapter.
+// A device backend sizes its launches by host_groups and works by groups: for a recorded step the former describe the largest batch
+// that the latter may come to hold (engine/decode_graph.h), in tiles of at least 8 rows and in ranks. Rows are below 512 then.
 struct LoraGroups {
   const LoraGroup* groups = nullptr;       // [count], device
   const LoraGroup* host_groups = nullptr;  // [count], host
@@ -212,11 +215,39 @@ struct AdamBatch {
 
 // ---------------------------------------------------------------- the operations
 
+// Operations that were recorded once and run again, as they were: the same addresses, counts and launch sizes.
+class StepGraph {
+ public:
+  virtual ~StepGraph() = default;
+  virtual void launch() = 0;  // on the stream of the Ops that made it
+};
+
+// The most that an engine will ask of a backend in one step.
+struct OpsLimits {
+  int64_t rows = 0;
+  int64_t train_rows = 0;
+  int64_t sequences = 0;
+  int64_t vocabulary = 0;
+  int64_t max_positions = 0;
+  int32_t q_heads = 0;
+  int32_t head_size = 0;
+  int32_t rank = 0;  // of one projection's adapter
+};
+
 class Ops {
  public:
   virtual ~Ops() = default;
   virtual Device& device() = 0;
   virtual DType compute_dtype() const = 0;  // C
+
+  // Device memory of the backend's own: libraries' workspaces and kernels' scratch. reserve() allocates what steps within the
+  // limits need, so that none of them does (what a library asks for beyond the estimate is allocated at its first use).
+  virtual size_t workspace_need(const OpsLimits&) const { return 0; }
+  virtual void reserve(const OpsLimits&) {}
+  virtual size_t workspace_bytes() const { return 0; }  // held now; grows when a block of it is exchanged for a larger one
+
+  // Records what `work` calls of this interface instead of doing it. Null, and nothing was called, where that is not supported.
+  virtual std::unique_ptr<StepGraph> capture(const std::function<void()>&) { return nullptr; }
 
   // y[t] = table[ids[t]].                                     ids [T] i32 device; table [V, H] C; y [T, H] C
   virtual void embedding(const int32_t* ids, TensorView table, TensorView y) = 0;

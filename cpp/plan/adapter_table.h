@@ -5,6 +5,7 @@
 // the newest or held.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <unordered_map>
@@ -43,7 +44,8 @@ struct StepLimits {
   uint64_t serial = 0;
   int64_t rows_wanted = 0;  // the caller's budget; only a starving example that is longer goes beyond it
   int64_t rows_left = 0;
-  int64_t hard_rows_left = 0;  // of max_batch_tokens
+  int64_t hard_rows_left = 0;   // of max_batch_tokens
+  int64_t train_rows_left = 0;  // of max_train_tokens
   int64_t bytes_left = 0;
   int64_t bytes_claimed = 0;
   std::vector<AdapterVersion*> claimed;
@@ -59,6 +61,12 @@ struct StepLimits {
   void take_rows(int64_t rows) {
     rows_left -= rows;
     hard_rows_left -= rows;
+    train_rows_left -= rows;
+  }
+  // From now on the step has training rows: its rows of every kind stay within max_train_tokens.
+  void begin_training() {
+    rows_left = std::min(rows_left, train_rows_left);
+    hard_rows_left = std::min(hard_rows_left, train_rows_left);
   }
 };
 

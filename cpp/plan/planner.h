@@ -40,6 +40,7 @@ struct LatencyGoal {
 
 struct PlannerConfig {
   int64_t max_batch_tokens = 8192;
+  int64_t max_train_tokens = -1;  // rows of a step with training rows, or with slice_rows of a micro-batch; < 0: max_batch_tokens
   int64_t max_sequences = 256;
   int64_t kv_pages = 0;
   int32_t page_size = 16;
@@ -148,6 +149,9 @@ class Planner {
   std::span<const int32_t> tokens(int64_t request) const;  // prompt and generated
   std::span<const int32_t> pages(int64_t request) const;   // page table, in order of position
   int32_t pending_backward_slices() const;                 // of the micro-batch in flight, its forward complete; 0: none
+  // Adapters that the next steps will want and this plan does not use, most urgent first, at most `count`: decodes that were passed
+  // over, prompts next in turn, training and evaluation next in turn. May be asked of an open plan.
+  std::vector<AdapterUse> upcoming_adapters(size_t count) const;
   bool has_work() const;
   PlannerStats stats() const;
   void check_invariants() const;  // throws std::logic_error; for tests

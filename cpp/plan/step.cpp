@@ -24,6 +24,7 @@ Plan Planner::State::plan(const StepBudget& budget) {
   limits = {};
   limits.serial = ++serial;
   limits.hard_rows_left = config.max_batch_tokens;
+  limits.train_rows_left = config.max_train_tokens < 0 ? config.max_batch_tokens : config.max_train_tokens;
   limits.rows_left = budget.max_rows < 0 ? config.max_batch_tokens : std::min(budget.max_rows, config.max_batch_tokens);
   limits.rows_wanted = limits.rows_left;
   limits.bytes_left = config.adapter_pool_bytes;

@@ -133,12 +133,13 @@ TrainQueues::Take TrainQueues::take(TrainQueue& queue, StepLimits& limits, bool 
   if (config_.slice_rows > 0 && job->train != composing_) return Take::nothing;
   const int32_t example = job->next + job->taken;
   const int32_t rows = job->rows[static_cast<size_t>(example)];
-  if (rows > limits.rows_left || !limits.fits(*queue.adapter->newest)) {
+  if (rows > limits.rows_left || (job->train && rows > limits.train_rows_left) || !limits.fits(*queue.adapter->newest)) {
     queue.missed = true;
     return Take::no_room;
   }
   if (!on_credit && rows > queue.plan_deficit) return Take::no_credit;
   limits.claim(*queue.adapter->newest);
+  if (job->train) limits.begin_training();
   limits.take_rows(rows);
   taken_.push_back({job, example});
   ++job->taken;
@@ -241,17 +242,19 @@ void TrainQueues::serve_lists(StepLimits& limits, std::initializer_list<std::lis
 
 void TrainQueues::compose(StepLimits& limits, int64_t rows, bool oldest_first) {
   if (!may_train() || begins_ || training_.empty()) return;
-  const int64_t step_rows = limits.rows_left, hard_rows = limits.hard_rows_left;
+  const int64_t step_rows = limits.rows_left, hard_rows = limits.hard_rows_left, train_rows = limits.train_rows_left;
   TrainQueue& first = training_.front();
   const PlannedJob* job = next_of(first, first.cursor);
   // One example alone may be longer than what composition aims at.
   limits.rows_left = limits.hard_rows_left = std::max<int64_t>(rows, job->rows[static_cast<size_t>(job->next)]);
+  limits.train_rows_left = config_.max_train_tokens < 0 ? config_.max_batch_tokens : config_.max_train_tokens;
   composing_ = true;
   if (oldest_first) take(first, limits, true);
   serve_lists(limits, {&training_});
   composing_ = false;
   limits.rows_left = step_rows;
   limits.hard_rows_left = hard_rows;
+  limits.train_rows_left = train_rows;
   if (begins_) fill_fresh();
 }
 

@@ -102,6 +102,13 @@ class TrainQueues {
   bool may_train() const { return !micro_.under_way(); }
   bool could_train() const { return !may_train() || !training_.empty(); }
 
+  // The adapters next in turn, training before evaluation, of at most `count` queues.
+  template <class F>
+  void visit_next(size_t count, F visit) const {
+    for (const auto* list : {&training_, &evaluation_}) {
+      for (auto queue = list->begin(); queue != list->end() && count > 0; ++queue, --count) visit(*queue->adapter);
+    }
+  }
   int64_t queued_examples() const { return queued_; }
   int32_t backward_slices_left() const { return micro_.slices_left; }
   bool empty() const { return jobs_.empty() && !micro_.under_way(); }

@@ -249,6 +249,45 @@ class PoolCheck {
       all[i].last_used = ++clock_;
     }
     if (!set.empty()) held_.push_back({set, chosen});
+    for (size_t i : chosen) {  // the stream finds the values there, however late the side queue is
+      std::vector<std::byte> got(all[i].weights->layout().block_bytes(dtype_)), want(got.size());
+      device_.copy_to_host(got.data(), all[i].weights->device_block(), got.size());
+      convert_elements(all[i].values.data(), DType::f32, want.data(), dtype_, std::ssize(all[i].values));
+      CHECK(got == want);
+    }
+  }
+
+  // Starts what fits beside the pinned, in order, and evicts only what is idle and needs no copy back.
+  void prefetch() {
+    std::vector<std::shared_ptr<AdapterWeights>> next;
+    std::vector<size_t> chosen;
+    for (size_t i = 0; i < all.size(); ++i) {
+      if (random() % 5 == 0) chosen.push_back(i);
+    }
+    std::shuffle(chosen.begin(), chosen.end(), random);
+    for (size_t i : chosen) next.push_back(all[i].weights);
+    std::vector<bool> before;
+    for (const Tracked& t : all) before.push_back(t.weights->resident());
+    const int64_t downloads = device_.downloads, copies = device_.side_copies, moves = device_.moves;
+    const int64_t started = pool->prefetch(next);
+    CHECK_EQ(device_.downloads, downloads);
+    CHECK_EQ(device_.moves, moves);
+    CHECK_EQ(device_.side_copies, copies + started);
+    int64_t fetched = 0;
+    bool stopped = false;
+    for (size_t i : chosen) {
+      CHECK(!before[i] || all[i].weights->resident());
+      if (before[i]) continue;
+      if (all[i].weights->resident()) {
+        CHECK(!stopped);
+        ++fetched;
+        all[i].last_used = ++clock_;
+      } else {
+        stopped = true;
+      }
+    }
+    CHECK_EQ(fetched, started);
+    prefetched += started;
   }
 
   void unpin() {
@@ -279,7 +318,10 @@ class PoolCheck {
     if (all.empty()) return;
     const Tracked& source = all[random() % all.size()];
     const bool was_resident = source.weights->resident();
+    std::vector<const void*> places;
+    for (const Tracked& other : all) places.push_back(other.pins > 0 ? other.weights->device_block() : nullptr);
     Tracked t{pool->copy(source.weights, 77), source.values, 0, 0};
+    for (size_t i = 0; i < all.size(); ++i) CHECK(places[i] == nullptr || places[i] == all[i].weights->device_block());
     CHECK_EQ(t.weights->version(), 77);
     CHECK_EQ(source.weights->resident(), was_resident);
     if (!was_resident) CHECK(!t.weights->resident());
@@ -336,6 +378,7 @@ class PoolCheck {
   }
   FakeDevice& device() { return device_; }
 
+  int64_t prefetched = 0;
   std::mt19937_64 random;
 
  private:
@@ -353,7 +396,7 @@ class PoolCheck {
 void random_use(DType dtype, size_t capacity, uint64_t seed, int steps) {
   PoolCheck t(dtype, capacity, seed);
   for (int step = 0; step < steps; ++step) {
-    switch (t.random() % 12) {
+    switch (t.random() % 14) {
       case 0:
       case 1:
         if (t.all.size() < 40) t.add(12);
@@ -374,6 +417,10 @@ void random_use(DType dtype, size_t capacity, uint64_t seed, int steps) {
       case 9:
         t.unpin();
         break;
+      case 10:
+      case 11:
+        t.prefetch();
+        break;
       default:
         t.update();
         break;
@@ -384,6 +431,8 @@ void random_use(DType dtype, size_t capacity, uint64_t seed, int steps) {
   CHECK(t.pool->evictions() > 0);
   CHECK(t.pool->fetches() > t.pool->evictions() / 2);
   CHECK(t.device().moves > 0);
+  CHECK(t.prefetched > 20);
+  CHECK_EQ(t.pool->prefetches(), t.prefetched);
   t.all.clear();
 }
 

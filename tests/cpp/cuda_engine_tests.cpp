@@ -10,6 +10,7 @@
 #include <random>
 
 #include "check.h"
+#include "engine/impl.h"
 #include "loquetier/engine.h"
 
 using namespace loquetier;
@@ -230,6 +231,94 @@ TEST(training_beside_serving_agrees) {
   check_distance("gradients", gradients[1], gradients[0], 3e-2);
   check_distance("losses", losses[1], losses[0], 2e-2);
   check_distance("master weights after 30 updates", masters[1], masters[0], 2e-2);
+}
+
+// Decodes alone, replayed: the same launches as without a graph, so the same tokens bit for bit, whatever comes and goes between
+// replays; and near those of an engine that lays its steps out for no graph, whose products may choose other algorithms.
+TEST(replayed_decodes_are_those_launched_one_by_one) {
+  struct Run {
+    std::vector<std::vector<int32_t>> tokens;
+    std::vector<float> logprobs;
+    EngineStats stats;
+  };
+  auto run = [](bool use_graphs, bool replay) {
+    EngineOptions options = options_for("cuda");
+    options.cuda_graphs = use_graphs;
+    options.adapter_pool_bytes = 12 << 20;  // evictions and moves between replays
+    Engine engine(model(), options);
+    EngineAccess::impl(engine).core->graphs.replay = replay;
+    std::mt19937 random(23);
+    Run out;
+    add_adapters(engine);
+    for (int round = 0; round < 2; ++round) {
+      for (int n : {1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 33}) {
+        const std::string extra = "extra-" + std::to_string(n);
+        engine.add_adapter(extra, lora(1 << (n % 6), static_cast<uint64_t>(n), {n % 2 ? "q_proj" : "all-linear"}));
+        const std::string names[] = {"a", "", "b", extra, "c", "d", "a", "a"};
+        std::vector<int64_t> ids;
+        for (int i = 0; i < n; ++i) {
+          InferOptions infer;
+          infer.adapter = names[static_cast<size_t>(i + round) % 8];
+          infer.sampling.temperature = 0;
+          infer.sampling.max_tokens = 12;
+          infer.sampling.ignore_eos = true;
+          ids.push_back(engine.submit_infer(tokens(random, 3 + i), infer));
+        }
+        Outcome outcome = drain(engine);
+        for (const int64_t id : ids) {
+          out.tokens.push_back(outcome.requests[id].token_ids);
+          const auto& logprobs = outcome.requests[id].logprobs;
+          out.logprobs.insert(out.logprobs.end(), logprobs.begin(), logprobs.end());
+        }
+        engine.remove_adapter(extra);
+      }
+    }
+    out.stats = engine.stats();
+    return out;
+  };
+  const Run eager = run(false, false), launched = run(true, false), replayed = run(true, true);
+  CHECK_EQ(launched.stats.graph_replays, 0);
+  CHECK(replayed.stats.graph_replays > 100);
+  CHECK(launched.tokens == replayed.tokens);
+  CHECK(launched.logprobs == replayed.logprobs);
+  size_t same = 0, first = 0;
+  for (size_t i = 0; i < eager.tokens.size(); ++i) {
+    same += eager.tokens[i] == replayed.tokens[i];
+    first += eager.tokens[i][1] == replayed.tokens[i][1];  // the first token of a decode step
+  }
+  std::printf("  %lld replays of %lld recordings (%.1f ms each); %zu of %zu answers as without graphs, %zu in the first decode\n",
+              static_cast<long long>(replayed.stats.graph_replays), static_cast<long long>(replayed.stats.graph_captures),
+              1e3 * replayed.stats.graph_seconds / static_cast<double>(replayed.stats.graph_captures), same, eager.tokens.size(),
+              first);
+  CHECK(first * 10 >= eager.tokens.size() * 9);
+}
+
+TEST(an_engine_takes_its_plan_at_start) {
+  EngineOptions options = options_for("cuda");
+  options.max_train_tokens = 512;
+  const MemoryPlan plan = Engine::plan_memory(*model(), options);
+  Engine engine(model(), options);
+  const EngineStats stats = engine.stats();
+  CHECK_EQ(stats.kv_bytes, plan.kv_bytes);
+  CHECK_EQ(stats.saved_bytes, plan.saved_bytes);
+  CHECK_EQ(stats.scratch_bytes, plan.scratch_bytes);
+  CHECK_EQ(stats.metadata_bytes, plan.metadata_bytes);
+  CHECK_EQ(stats.workspace_bytes, plan.workspace_bytes);
+  engine.add_adapter("a", lora(8, 1));
+  TrainOptions train;
+  train.optimizer = AdamW{};
+  engine.submit_train("a", examples(3, 4, 100), train);
+  std::mt19937 random(1);
+  InferOptions infer;
+  infer.adapter = "a";
+  for (int i = 0; i < 8; ++i) engine.submit_infer(tokens(random, 40), infer);
+  drain(engine);
+  std::printf("  workspace planned %lld, held %lld bytes\n", static_cast<long long>(plan.workspace_bytes),
+              static_cast<long long>(engine.stats().workspace_bytes));
+  CHECK(engine.stats().workspace_bytes <= plan.workspace_bytes * 2);
+  EngineOptions huge = options_for("cuda");
+  huge.kv_cache_tokens = int64_t{1} << 40;
+  CHECK_THROWS(OutOfMemory, "kv_cache_tokens", Engine(model(), huge));
 }
 
 TEST(deterministic_sampled_logprob_equals_evaluated_bit_for_bit) {

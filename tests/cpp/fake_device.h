@@ -9,6 +9,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "ops/ops.h"
 
@@ -44,6 +45,30 @@ class FakeDevice : public Device {
     ++moves;
     std::memcpy(dst, src, bytes);
   }
+  // The side queue is as slow as it may be: a copy happens when somebody waits for it. Until then nothing else may touch its place.
+  void side_copy_to_device(void* dst, const void* host, size_t bytes) override {
+    inside(dst, bytes, true);
+    inside(host, bytes, false);
+    ++side_copies;
+    pending_.push_back({dst, host, bytes, 0});
+  }
+  void side_follow() override { ++follows; }
+  uint64_t side_mark() override {
+    ++last_mark_;
+    for (Pending& copy : pending_) copy.mark = copy.mark == 0 ? last_mark_ : copy.mark;
+    return last_mark_;
+  }
+  void wait_for_side(uint64_t mark) override {
+    size_t done = 0;
+    for (; done < pending_.size() && pending_[done].mark != 0 && pending_[done].mark <= mark; ++done) run(pending_[done]);
+    pending_.erase(pending_.begin(), pending_.begin() + static_cast<long>(done));
+  }
+  void side_synchronize() override {
+    for (const Pending& copy : pending_) run(copy);
+    pending_.clear();
+  }
+  size_t pending_side_copies() const { return pending_.size(); }
+
   void zero(void* dst, size_t bytes) override {
     inside(dst, bytes, true);
     std::memset(dst, 0, bytes);
@@ -59,20 +84,37 @@ class FakeDevice : public Device {
     const std::lock_guard lock(mutex_);
     return blocks_.size();
   }
+  size_t used() const {  // of device memory
+    const std::lock_guard lock(mutex_);
+    return used_;
+  }
+  int64_t allocated = 0;    // device and host allocations so far
   size_t largest_host = 0;  // largest host allocation so far
-  int64_t uploads = 0, downloads = 0, moves = 0;
+  int64_t uploads = 0, downloads = 0, moves = 0, side_copies = 0, follows = 0;
 
  private:
   struct Block {
     size_t bytes;
     bool device;
   };
+  struct Pending {
+    void* dst;
+    const void* host;
+    size_t bytes;
+    uint64_t mark;  // 0: none behind it yet
+  };
+  void run(const Pending& copy) {
+    inside(copy.dst, copy.bytes, true, true);
+    inside(copy.host, copy.bytes, false);
+    std::memcpy(copy.dst, copy.host, copy.bytes);
+  }
   void* take(size_t bytes, bool device) {
     const std::lock_guard lock(mutex_);
     if (device && used_ + bytes > capacity_) throw OutOfMemory("[fake] no room for " + std::to_string(bytes) + " bytes");
     void* data = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
     std::memset(data, 0xFF, bytes);
     blocks_[data] = {bytes, device};
+    ++allocated;
     if (device) used_ += bytes;
     else largest_host = std::max(largest_host, bytes);
     return data;
@@ -86,7 +128,12 @@ class FakeDevice : public Device {
     blocks_.erase(found);
     std::free(data);
   }
-  void inside(const void* data, size_t bytes, bool device) const {
+  void inside(const void* data, size_t bytes, bool device, bool side = false) const {
+    const auto at = reinterpret_cast<uintptr_t>(data);
+    for (const Pending& copy : pending_) {
+      const auto dst = reinterpret_cast<uintptr_t>(copy.dst);
+      if (!side && device && at < dst + copy.bytes && dst < at + bytes) throw std::logic_error("a side copy is under way there");
+    }
     const std::lock_guard lock(mutex_);
     auto next = blocks_.upper_bound(const_cast<void*>(data));
     if (next == blocks_.begin()) throw std::logic_error("copy outside every allocation");
@@ -97,6 +144,8 @@ class FakeDevice : public Device {
 
   mutable std::mutex mutex_;
   std::map<void*, Block> blocks_;
+  std::vector<Pending> pending_;
+  uint64_t last_mark_ = 0;
   size_t capacity_;
   size_t used_ = 0;
 };

@@ -18,6 +18,7 @@
 
 #include "loquetier/base_model.h"
 #include "loquetier/error.h"
+#include "loquetier/memory_plan.h"
 #include "loquetier/options.h"
 
 namespace loquetier {
@@ -40,12 +41,19 @@ struct EngineStats {
   int64_t cached_prompt_tokens = 0;                                                  // rows not computed thanks to the prefix cache
   int64_t generated_tokens = 0, optimizer_steps = 0, skipped_updates = 0, preemptions = 0;
   int64_t adapters = 0, resident_adapters = 0, adapter_evictions = 0, adapter_fetches = 0;
+  int64_t adapter_prefetches = 0;  // of the fetches: started in an earlier step than the first use
   int64_t kv_pages = 0, kv_pages_free = 0, kv_pages_cached = 0;
-  int64_t weight_bytes = 0, kv_bytes = 0, adapter_pool_bytes = 0, adapter_pool_used = 0, arena_bytes = 0, arena_peak = 0,
-          training_state_bytes = 0;
-  double step_seconds = 0;  // host time spent inside step(), in all
+  // Device memory by share, as allocated; training_state_limit: what adapters in training may take (-1: no limit).
+  int64_t weight_bytes = 0, kv_bytes = 0, adapter_pool_bytes = 0, adapter_pool_used = 0, saved_bytes = 0, scratch_bytes = 0,
+          metadata_bytes = 0, workspace_bytes = 0, training_state_bytes = 0, training_state_limit = -1;
+  int64_t arena_bytes = 0, arena_peak = 0;  // saved_bytes + scratch_bytes, and the most of it that a step has used
+  // Recorded decode steps: recordings made, steps that replayed one, how many are kept, time spent recording.
+  int64_t graph_captures = 0, graph_replays = 0, graphs = 0;
+  double graph_seconds = 0;
+  double step_seconds = 0;  // spent inside step(), in all
+  double host_seconds = 0;  // of these, on planning, tables, launches and results: not computing (CPU) or waiting for the device
   double training_seconds =
-      0;  // of it, that training took beyond what the requests' rows would have taken alone (by the cost model)
+      0;  // of step_seconds, that training took beyond what the requests' rows would have taken alone (by the cost model)
   double last_step_seconds = 0, last_step_predicted = 0;
   double prediction_error_median = 0,
          prediction_error_p95 = 0;                  // |predicted - measured| / measured of the last 512 steps; NaN: none
@@ -70,6 +78,14 @@ class Engine {
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
+
+  // How an engine with these options would divide the device's memory, before it is made. With query.device_bytes no device is
+  // needed. OutOfMemory when it does not fit, as at start: the message lists every share and what to lower.
+  static MemoryPlan plan_memory(const BaseModel& model, const EngineOptions& options = {}, const MemoryQuery& query = {});
+  static MemoryPlan plan_memory(const std::filesystem::path& model_folder, const EngineOptions& options = {},
+                                const MemoryQuery& query = {});  // reads config.json only
+  static MemoryPlan plan_memory_of_config(const std::string& config_json, const EngineOptions& options = {},
+                                          const MemoryQuery& query = {});
 
   // ---- adapters
   void add_adapter(const std::string& name, const std::filesystem::path& peft_folder);
@@ -115,6 +131,7 @@ class Engine {
  private:
   struct Impl;
   friend struct EngineAccess;  // tests
+  explicit Engine(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
 

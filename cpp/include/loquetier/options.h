@@ -178,6 +178,7 @@ struct EngineOptions {
   std::optional<int64_t> kv_cache_tokens = {};     // default: from memory_fraction
   std::optional<int64_t> adapter_pool_bytes = {};  // default: from memory_fraction
   double memory_fraction = 0.9;                    // of the device's free memory, for everything
+  std::optional<int64_t> max_train_tokens = {};    // rows of a step with training rows; 0: no training; default: max_batch_tokens
   int max_lora_rank = 256;
   int64_t max_queue = 100000;      // waiting requests + examples waiting in jobs; beyond: QueueFull
   std::string recompute = "none";  // "layer": keep only each layer's input for backward
@@ -185,6 +186,7 @@ struct EngineOptions {
   uint64_t seed = 0;
   int num_threads = 0;  // CPU backend; 0: the processors this process may use
   bool prefix_caching = true;
+  bool cuda_graphs = true;                    // steps of decodes alone replay recorded launches (CUDA)
   int page_size = 16;                         // tokens per KV page, a power of two
   std::optional<LatencyTarget> latency = {};  // none: throughput, whole micro-batches
   int slice_rows = 0;  // rows of a piece of training work; 0: whole micro-batches, or from the device's speed with a target

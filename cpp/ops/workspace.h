@@ -1,0 +1,67 @@
+// Device memory that the CUDA backend holds for itself, by the limits of a step: what it reserves, and what plans for a device that
+// is not there count. Estimates for cuDNN, whose plans tell their need only when they are built.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "ops/ops.h"
+
+namespace loquetier {
+
+constexpr size_t kBlasWorkspace = size_t{32} << 20;  // what cuBLAS recommends for Hopper
+
+constexpr int kHopperProcessors = 132;  // of a device that is not there: H100 and H200 (SXM)
+// Of a processor, for the product of few rows: sums of 256 columns by 64 rows, and a ticket (cuda/linear_decode.cu).
+constexpr size_t kDecodeWorkspace = 256 * 64 * sizeof(float) + sizeof(uint64_t);
+// Of the fused product's E (cuda/lora_fused.h): rows and columns of a block, blocks along the rows at most, groups, blocks in all.
+constexpr int64_t kFusedBlockRows = 256, kFusedBlockColumns = 64, kMostFusedPairs = 128, kMostFusedGroups = 64,
+                  kMostFusedBlocks = 320;
+// Shares of ds, and unfinished gradients (cuda/lora_wide.cu).
+constexpr size_t kMostLoraShares = size_t{64} << 20;
+
+struct CudaWorkspace {
+  size_t blas = kBlasWorkspace;
+  size_t decode = 0;     // sums of the product of few rows
+  size_t fused = 0;      // S of large groups, laid out for base and LoRA as one product
+  size_t lora = 0;       // shares of ds and of gradients
+  size_t attention = 0;  // plans' workspaces and tables
+  size_t sample = 0;     // old values of the logits that bias, forbidden tokens or penalties change
+  size_t norm = 0;       // partial sums of gradient norms
+  size_t total() const { return blas + decode + fused + lora + attention + sample + norm; }
+};
+
+inline CudaWorkspace cuda_workspace(const OpsLimits& limits, bool deterministic, int processors = kHopperProcessors) {
+  constexpr size_t kSampleEntries = 4096;  // of a row; longer histories under penalties grow the scratch once
+  constexpr size_t kSampleRows = 256;      // of one vocabulary product
+  constexpr size_t kNormPartials = size_t{1} << 18;
+  const auto up = [](int64_t n, int64_t to) { return static_cast<size_t>((n + to - 1) / to * to); };
+  CudaWorkspace bytes;
+  bytes.decode = static_cast<size_t>(processors) * kDecodeWorkspace;
+  if (!deterministic) {
+    // A group has a block wherever it meets one of a pair's two tiles: at most as often as there are groups and tiles.
+    const auto pairs = std::min<int64_t>(static_cast<int64_t>(up(limits.rows, kFusedBlockRows)) / kFusedBlockRows, kMostFusedPairs);
+    const int64_t blocks = std::min(kMostFusedGroups + 2 * pairs, kMostFusedBlocks);
+    // Forward: every part's ranks from a step of their own; backward: all of them together, which is no more.
+    bytes.fused = static_cast<size_t>(blocks * kFusedBlockRows * kMaxParts) * up(limits.rank, kFusedBlockColumns) * 2;
+    if (limits.train_rows > 0) bytes.lora = 2 * kMostLoraShares;
+  }
+  // Forward plans: at most half a MiB measured. Tables: lengths, offsets and pages of every sequence.
+  bytes.attention = size_t{1} << 20;
+  bytes.attention +=
+      up(limits.sequences + limits.train_rows, 64) * 64 + up(limits.sequences, 64) * up(limits.max_positions / 8, 64) * 4;
+  if (limits.train_rows > 0) {
+    // Backward of 8192 rows of 32 heads of 128: 385 MiB measured, three f32 copies of dq. It grows with the rows.
+    bytes.attention +=
+        3 * up(limits.train_rows, 1024) * static_cast<size_t>(limits.q_heads) * static_cast<size_t>(limits.head_size) * 4;
+    const int64_t longest = std::min(limits.train_rows, limits.max_positions);
+    // The deterministic one adds 2 bytes a head, query and key, of whole tiles: most for one long sequence.
+    if (deterministic) bytes.attention += static_cast<size_t>(limits.q_heads) * up(longest, 64) * up(longest, 128) * 2;
+  }
+  bytes.sample =
+      kSampleEntries * std::min(kSampleRows, static_cast<size_t>(std::max<int64_t>(limits.sequences, 1))) * sizeof(float);
+  bytes.norm = limits.train_rows > 0 ? (kNormPartials + 1) * sizeof(double) : 0;
+  return bytes;
+}
+
+}  // namespace loquetier

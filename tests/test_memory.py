@@ -1,0 +1,95 @@
+"""Engine.plan_memory: shares of a device that need not be there, the errors, and the engine's own figures."""
+
+import subprocess
+import sys
+
+import loquetier_core as lq
+import pytest
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+TINY = LLAMA_8B | {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+SHARES = (
+    "weight_bytes",
+    "kv_bytes",
+    "adapter_pool_bytes",
+    "saved_bytes",
+    "scratch_bytes",
+    "metadata_bytes",
+    "workspace_bytes",
+    "training_state_bytes",
+)
+
+
+def test_the_shares_of_a_gpu_that_is_not_there():
+    plan = lq.Engine.plan_memory(LLAMA_8B, device="cuda", device_bytes=139 << 30, rank=64)
+    assert plan.at_start and plan.device == "cuda:0" and plan.rank == 64
+    assert sum(getattr(plan, share) for share in SHARES) == plan.budget_bytes
+    assert plan.kv_tokens > 100_000 and plan.adapters >= 25
+    serving = lq.Engine.plan_memory(LLAMA_8B, device="cuda", device_bytes=139 << 30, max_train_tokens=0)
+    assert serving.saved_bytes == 0 and serving.kv_tokens > plan.kv_tokens
+    for line in ("weights", "kv", "adapter pool", "saved", "training state"):
+        assert line in str(plan)
+
+
+def test_what_does_not_fit():
+    with pytest.raises(lq.OutOfMemory, match="max_train_tokens"):
+        lq.Engine.plan_memory(LLAMA_8B, device="cuda", device_bytes=24 << 30)
+    with pytest.raises(lq.InvalidArgument, match="rank"):
+        lq.Engine.plan_memory(LLAMA_8B, device="cuda", device_bytes=80 << 30, rank=257)
+    with pytest.raises(lq.InvalidArgument, match="max_train_tokens"):
+        lq.Engine.plan_memory(LLAMA_8B, device="cpu", max_batch_tokens=64, max_train_tokens=100)
+
+
+def test_an_engine_on_the_cpu_takes_memory_as_it_needs_it(tmp_path):
+    options = {"device": "cpu", "max_batch_tokens": 64, "max_sequences": 4, "kv_cache_tokens": 256, "adapter_pool_bytes": 1 << 20}
+    plan = lq.Engine.plan_memory(TINY, **options)
+    assert not plan.at_start and plan.kv_tokens == 256
+    with lq.Engine(TINY, num_threads=1, **options) as engine:
+        stats = engine.stats()
+        assert stats.kv_bytes == plan.kv_bytes and stats.adapter_pool_bytes == plan.adapter_pool_bytes
+        assert stats.saved_bytes == stats.scratch_bytes == 0 and stats.training_state_limit == -1
+        engine.add_adapter("a", lq.LoraConfig(r=4))
+        engine.submit_train("a", [[1, 2, 3, 4, 5]], optimizer=lq.AdamW(lr=1e-3))
+        while engine.has_work():
+            engine.step()
+        stats = engine.stats()
+        assert 0 < stats.saved_bytes <= plan.saved_bytes and 0 < stats.scratch_bytes <= plan.scratch_bytes
+        assert 0 < stats.host_seconds < stats.step_seconds
+    with lq.Engine(TINY, num_threads=1, max_train_tokens=0, **options) as engine:
+        engine.add_adapter("a", lq.LoraConfig(r=4))
+        with pytest.raises(lq.InvalidArgument, match="training is off"):
+            engine.submit_train("a", [[1, 2, 3]])
+
+
+def test_the_report_of_a_model(tmp_path):
+    import json
+
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    command = [sys.executable, "-m", "loquetier_core", "report"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "adapter pool" in done.stdout and "training state" in done.stdout
+    missing = subprocess.run([*command, str(tmp_path / "missing")], capture_output=True, text=True)
+    assert missing.returncode == 2 and "config.json" in missing.stderr
