@@ -197,7 +197,13 @@ class Bench:
 
     def drain(self) -> None:
         while self.engine.has_work():
-            self.engine.step()
+            self.check(self.engine.step().finished)
+
+    @staticmethod
+    def check(finished) -> None:
+        for result in finished:
+            if result.finish_reason != "length":
+                raise RuntimeError(f"expected every request to end by its length, got {result}")
 
     def decode(self) -> None:
         weights = sum(self.size(s) for n, s in weight_shapes(self.config).items() if "embed" not in n) * 2
@@ -281,7 +287,7 @@ class Bench:
             self.note(f"latency_train_alone_{trainers}_tok_s", rate)
             for decodes in (32, 64):
                 shares, tpots = [], []
-                self.start_decodes(decodes, 8, 512, 280)
+                self.start_decodes(decodes, 8, 512, 300)
                 last: dict[int, float] = {}
                 trained, begin, queued, warm = 0, None, 0, 40
                 while True:
@@ -299,6 +305,7 @@ class Bench:
                             tpots.append(now - last[token.request_id])
                         last[token.request_id] = now
                     if result.finished:
+                        self.check(result.finished)
                         break
                 seconds = now - begin
                 trained = self.engine.stats().train_tokens - rows

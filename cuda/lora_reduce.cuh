@@ -48,7 +48,13 @@ __device__ inline void load_rows(const Reduction& r, int k0, ReduceStep<MT, NT>&
     const int row = kFast ? min(n * 8 + g, r.rows - 1) : n * 8 + g;
     step.p[n] = {0, 0, 0, 0};
     if (!kFast && row >= r.rows) continue;
-    if (whole || k < r.k) step.p[n] = load8<kFast>(static_cast<const uint16_t*>(r.p) + row * r.ld_p, k, kFast ? k + 1 : r.k);
+    const uint16_t* from = static_cast<const uint16_t*>(r.p) + row * r.ld_p;
+    if constexpr (kFast) {
+      // Not through the read-only path: the compiler may move such a load in front of the wait for the launch that writes the rows.
+      if (whole || k < r.k) step.p[n] = *reinterpret_cast<const uint4*>(from + k);
+    } else {
+      step.p[n] = load8<false>(from, k, r.k);
+    }
     if constexpr (kDropout) step.p[n] = masked(step.p[n], keep8(r.row_keys[row], r.stream, k, r.dropout));
   }
 }
