@@ -246,8 +246,9 @@ void TrainQueues::compose(StepLimits& limits, int64_t rows, bool oldest_first) {
   TrainQueue& first = training_.front();
   const PlannedJob* job = next_of(first, first.cursor);
   // One example alone may be longer than what composition aims at.
-  limits.rows_left = limits.hard_rows_left = std::max<int64_t>(rows, job->rows[static_cast<size_t>(job->next)]);
-  limits.train_rows_left = config_.max_train_tokens < 0 ? config_.max_batch_tokens : config_.max_train_tokens;
+  const int64_t most = config_.max_train_tokens < 0 ? config_.max_batch_tokens : config_.max_train_tokens;
+  limits.rows_left = limits.hard_rows_left = std::max<int64_t>(std::min(rows, most), job->rows[static_cast<size_t>(job->next)]);
+  limits.train_rows_left = limits.rows_left;
   composing_ = true;
   if (oldest_first) take(first, limits, true);
   serve_lists(limits, {&training_});
