@@ -3,7 +3,8 @@
 //   kernels [rank]                 prints a table and, as its last line, JSON
 // Method: CUDA graphs of several layers with weights of their own (so the L2 is cold), one without and one with adapters, replayed
 // in turn; the LoRA figure is the difference of the medians. Ceilings (copy bandwidth, a large product) are measured in the same
-// run. Data is random.
+// run. Data is random. "filled": the way of linear_lora that large batches take when base and LoRA cannot be one product; "1 GEMM":
+// the kernel of that one product without adapters, less the base products.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -24,6 +25,12 @@ using namespace loquetier;
 
 namespace {
 
+void must(bool ran) {
+  if (!ran) {
+    std::printf("the fused product declined a shape of the benchmark\n");
+    std::exit(1);
+  }
+}
 void must(cudaError_t status) {
   if (status != cudaSuccess) {
     std::printf("CUDA error: %s\n", cudaGetErrorString(status));
@@ -165,6 +172,37 @@ LoraLinear at_layer(int index, int layer) {
   return l;
 }
 
+// Each linear's product at 8192 rows, without adapters: cuBLASLt beside the kernel that takes LoRA in.
+void products(const std::function<void(const std::string&, double)>& add) {
+  const int64_t rows = 8192;
+  const int repeats = 8;  // with weights of their own
+  std::printf("8192 rows, TFLOP/s of %-8s | %9s %9s | %9s %9s\n", "linear", "cuBLASLt", "1 GEMM", "dX", "1 GEMM");
+  for (int i = 0; i < 4; ++i) {
+    Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
+    auto& ops = static_cast<cuda::CudaOps&>(*b.ops);
+    const LoraLinear& linear = kLinears[i];
+    const TensorView x = b.random(rows, linear.in), y = b.random(rows, columns(linear));
+    std::vector<TensorView> w;
+    for (int r = 0; r < repeats; ++r) w.push_back(b.random(columns(linear), linear.in, 0.02f));
+    const auto each = [&](const std::function<void(TensorView)>& f) {
+      return b.capture([&] { std::for_each(w.begin(), w.end(), f); });
+    };
+    const std::vector<double> t =
+        b.time({each([&](TensorView m) { ops.linear(x, m, {}, y); }),
+                each([&](TensorView m) { must(ops.linear_lora_fused(x, m, {}, linear, {}, {}, y)); }),
+                each([&](TensorView m) { ops.linear_backward(y, m, x, false); }),
+                each([&](TensorView m) { must(ops.linear_lora_backward_fused(y, m, linear, {}, {}, x)); })},
+               300);
+    const double work = 2.0 * static_cast<double>(rows * linear.in * columns(linear)) * repeats / 1e6;
+    const char* names[] = {"qkv", "o", "gate_up", "down"};
+    std::printf("%-27s | %9.0f %9.0f | %9.0f %9.0f\n", names[i], work / t[0], work / t[1], work / t[2], work / t[3]);
+    add(std::string("tflops_") + names[i], work / t[0]);
+    add(std::string("one_product_tflops_") + names[i], work / t[1]);
+    add(std::string("dx_tflops_") + names[i], work / t[2]);
+    add(std::string("dx_one_product_tflops_") + names[i], work / t[3]);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -178,6 +216,7 @@ int main(int argc, char** argv) {
     json += text;
   };
 
+  double copy_gbs = 0;
   {
     Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
     const TensorView x = b.random(8192, 8192), w = b.random(8192, 8192), y = b.random(8192, 8192);
@@ -188,10 +227,12 @@ int main(int argc, char** argv) {
     std::printf("%s: product %.0f TFLOP/s, copy %.0f GB/s; rank %d\n", properties.name, tflops, gbs, rank);
     add("product_tflops", tflops);
     add("copy_gbs", gbs);
+    copy_gbs = gbs;
   }
 
-  std::printf("%6s %9s | %9s %9s %7s | %9s %9s %9s\n", "rows", "adapters", "base us", "LoRA us", "%", "3 calls", "shrink",
-              "expand");
+  products(add);
+  std::printf("%6s %9s | %9s %9s %7s | %9s %9s %9s %9s %9s\n", "rows", "adapters", "base us", "LoRA us", "%", "1 GEMM", "filled",
+              "3 calls", "shrink", "expand");
   const int cases[][3] = {{64, 1, 4},   {64, 8, 4},   {64, 64, 4},  {16, 16, 4},  {256, 8, 4},
                           {2048, 4, 2}, {8192, 1, 2}, {8192, 4, 2}, {8192, 16, 2}};
   for (const auto& c : cases) {
@@ -235,20 +276,48 @@ int main(int argc, char** argv) {
     const auto expand = b.capture([&] {
       each([&](const LoraLinear& l, TensorView, TensorView, TensorView out) { ops.lora_expand(l, batch.groups, s, out); });
     });
-    std::vector<double> t = b.time({base, fused, three});
+    std::vector<cudaGraphExec_t> graphs = {base, fused, three};
+    if (rows >= 512) {
+      auto& cuda_ops = static_cast<cuda::CudaOps&>(ops);
+      graphs.push_back(b.capture([&] {
+        each([&](const LoraLinear& l, TensorView in, TensorView m, TensorView out) {
+          must(cuda_ops.linear_lora_fused(in, m, {}, l, {}, s, out));
+        });
+      }));
+      graphs.push_back(b.capture([&] {
+        each([&](const LoraLinear& l, TensorView in, TensorView m, TensorView out) {
+          ops.lora_shrink(l, batch.groups, in, s);
+          cuda_ops.linear_lora_filled(in, m, {}, l, batch.groups, s, out);
+        });
+      }));
+    }
+    std::vector<double> t = b.time(graphs);
+    t.resize(5, t[0]);
     const std::vector<double> alone = b.time({shrink, expand}, 50);
     for (double& v : t) v /= layers;
     const double lora = t[1] - t[0];
-    std::printf("%6lld %9d | %9.1f %9.1f %6.1f%% | %9.1f %9.1f %9.1f\n", static_cast<long long>(rows), adapters, t[0], lora,
-                100 * lora / t[0], t[2] - t[0], alone[0] / layers, alone[1] / layers);
+    std::printf("%6lld %9d | %9.1f %9.1f %6.1f%% | %9.1f %9.1f %9.1f %9.1f %9.1f\n", static_cast<long long>(rows), adapters, t[0],
+                lora, 100 * lora / t[0], t[3] - t[0], t[4] - t[0], t[2] - t[0], alone[0] / layers, alone[1] / layers);
     const std::string name = std::to_string(rows) + "x" + std::to_string(adapters);
     add("base_us_" + name, t[0]);
     add("lora_us_" + name, lora);
     add("three_calls_us_" + name, t[2] - t[0]);
+    if (rows >= 512) {
+      add("one_product_us_" + name, t[3] - t[0]);
+      add("filled_us_" + name, t[4] - t[0]);
+    }
   }
 
-  std::printf("backward, 8192 rows, us a layer\n%9s | %9s | %9s %9s %9s | %9s %6s\n", "adapters", "base dX", "ds", "dx", "dA, dB",
-              "LoRA", "%");
+  // What ds with dB, and dA, must read, at the bandwidth of the copy: dy once, x once.
+  double dy_us = 0, x_us = 0;
+  for (const LoraLinear& linear : kLinears) {
+    dy_us += 8192.0 * 2 * static_cast<double>(columns(linear)) / copy_gbs / 1e3;
+    x_us += 8192.0 * 2 * static_cast<double>(linear.in) / copy_gbs / 1e3;
+  }
+  std::printf(
+      "backward, 8192 rows, us a layer; dy once %.1f, x once %.1f (apart: dX of the base and of LoRA as two ops)\n"
+      "%9s | %9s | %9s %9s %9s | %9s %6s | %9s %9s %9s\n",
+      dy_us, x_us, "adapters", "base dX", "ds, dB", "dA", "dx", "LoRA", "%", "apart", "dX fused", "1 GEMM");
   for (const int adapters : {1, 4, 16}) {
     const int64_t rows = 8192;
     const int layers = 2;
@@ -276,31 +345,51 @@ int main(int argc, char** argv) {
     });
     const auto all = b.capture([&] {
       each([&](auto& l, TensorView in, TensorView m, TensorView g, TensorView out) {
-        ops.lora_backward_s(l, batch.groups, g, ds);
-        ops.lora_backward_weights(l, batch.groups, in, s, g, ds);
+        ops.lora_backward(l, batch.groups, in, s, g, ds);
+        ops.linear_lora_backward(g, m, l, batch.groups, ds, out);
+      });
+    });
+    const auto apart = b.capture([&] {
+      each([&](auto& l, TensorView in, TensorView m, TensorView g, TensorView out) {
+        ops.lora_backward(l, batch.groups, in, s, g, ds);
         ops.linear_backward(g, m, out, false);
         ops.lora_backward_x(l, batch.groups, ds, out);
       });
     });
-    const auto only_s = b.capture([&] {
-      each([&](auto& l, TensorView, TensorView, TensorView g, TensorView) { ops.lora_backward_s(l, batch.groups, g, ds); });
+    auto& cuda_ops = static_cast<cuda::CudaOps&>(ops);
+    const auto fused_dx = [&](const LoraGroups& groups) {
+      return b.capture([&] {
+        each([&](auto& l, TensorView, TensorView m, TensorView g, TensorView out) {
+          must(cuda_ops.linear_lora_backward_fused(g, m, l, groups, ds, out));
+        });
+      });
+    };
+    const auto with_lora = fused_dx(batch.groups), without = fused_dx({});
+    const auto only_sb = b.capture([&] {
+      each([&](auto& l, TensorView, TensorView, TensorView g, TensorView) { ops.lora_backward(l, batch.groups, {}, s, g, ds); });
+    });
+    const auto only_a = b.capture([&] {
+      each([&](auto& l, TensorView in, TensorView, TensorView, TensorView) {
+        ops.lora_backward_weights(l, batch.groups, in, {}, {}, ds);
+      });
     });
     const auto only_x = b.capture([&] {
       each([&](auto& l, TensorView, TensorView, TensorView, TensorView out) { ops.lora_backward_x(l, batch.groups, ds, out); });
     });
-    const auto only_w = b.capture([&] {
-      each([&](auto& l, TensorView in, TensorView, TensorView g, TensorView) {
-        ops.lora_backward_weights(l, batch.groups, in, s, g, ds);
-      });
-    });
-    std::vector<double> t = b.time({base, all}), alone = b.time({only_s, only_x, only_w}, 60);
+    std::vector<double> t = b.time({base, all, apart, with_lora, without}), alone = b.time({only_sb, only_a, only_x}, 60);
     for (double& v : t) v /= layers;
     for (double& v : alone) v /= layers;
-    std::printf("%9d | %9.1f | %9.1f %9.1f %9.1f | %9.1f %5.1f%%\n", adapters, t[0], alone[0], alone[1], alone[2], t[1] - t[0],
-                100 * (t[1] - t[0]) / t[0]);
+    std::printf("%9d | %9.1f | %9.1f %9.1f %9.1f | %9.1f %5.1f%% | %9.1f %9.1f %9.1f\n", adapters, t[0], alone[0], alone[1],
+                alone[2], t[1] - t[0], 100 * (t[1] - t[0]) / t[0], t[2] - t[0], t[3] - t[0], t[4] - t[0]);
     const std::string name = std::to_string(adapters);
     add("base_dx_us_" + name, t[0]);
     add("lora_backward_us_" + name, t[1] - t[0]);
+    add("lora_backward_apart_us_" + name, t[2] - t[0]);
+    add("dx_fused_us_" + name, t[3] - t[0]);
+    add("dx_one_product_us_" + name, t[4] - t[0]);
+    add("ds_db_us_" + name, alone[0]);
+    add("da_us_" + name, alone[1]);
+    add("dx_us_" + name, alone[2]);
   }
   std::printf("%s}\n", json.c_str());
   return 0;

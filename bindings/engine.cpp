@@ -91,9 +91,9 @@ std::unique_ptr<PyEngine> make_engine(const ModelLike& model, std::string device
                                       int64_t max_sequences, std::optional<int64_t> kv_cache_tokens,
                                       std::optional<int64_t> adapter_pool_bytes, double memory_fraction,
                                       std::optional<int64_t> max_train_tokens, int max_lora_rank, int64_t max_queue,
-                                      std::string recompute, bool deterministic, const py::object& latency, uint64_t seed,
-                                      int num_threads, bool prefix_caching, int page_size, bool cuda_graphs) {
-  if (!latency.is_none()) throw InvalidArgument("Engine latency: expected None; latency targets come in a later version");
+                                      std::string recompute, bool deterministic, const py::typing::Optional<LatencyTarget>& latency,
+                                      uint64_t seed, int num_threads, bool prefix_caching, int page_size, int slice_rows,
+                                      const py::object& trace_path, bool cuda_graphs) {
   EngineOptions options;
   options.device = std::move(device);
   options.dtype = std::move(dtype);
@@ -112,6 +112,15 @@ std::unique_ptr<PyEngine> make_engine(const ModelLike& model, std::string device
   options.prefix_caching = prefix_caching;
   options.page_size = page_size;
   options.cuda_graphs = cuda_graphs;
+  if (!latency.is_none()) {
+    if (!py::isinstance<LatencyTarget>(latency)) {
+      throw InvalidArgument("Engine latency: expected None or a LatencyTarget, got " +
+                            py::type::of(latency).attr("__name__").cast<std::string>());
+    }
+    options.latency = latency.cast<LatencyTarget>();
+  }
+  options.slice_rows = slice_rows;
+  if (!trace_path.is_none()) options.trace_path = to_path(trace_path, "Engine trace_path: expected a path").string();
   auto base = to_model(model, options);
   py::gil_scoped_release release;
   return std::make_unique<PyEngine>(std::move(base), std::move(options));
@@ -252,34 +261,44 @@ void bind_work(py::class_<PyEngine>& cls) {
   cls.def(
          "submit_infer",
          [](PyEngine& e, const ArrayLike& prompt_ids, const std::optional<std::string>& adapter,
-            std::optional<SamplingParams> sampling, int priority, bool pin_version) {
+            std::optional<SamplingParams> sampling, int priority, bool pin_version, std::optional<double> deadline_ms,
+            bool reject_late) {
            std::vector<int32_t> ids = to_ids(prompt_ids, "prompt_ids");
-           InferOptions options{adapter_name(adapter), std::move(sampling).value_or(SamplingParams{}), priority, pin_version};
+           InferOptions options{adapter_name(adapter),
+                                std::move(sampling).value_or(SamplingParams{}),
+                                priority,
+                                pin_version,
+                                deadline_ms,
+                                reject_late};
            py::gil_scoped_release release;
            return e.submit_infer(std::move(ids), std::move(options));
          },
          py::arg("prompt_ids"), py::arg("adapter") = py::none(), py::arg("sampling") = py::none(), py::arg("priority") = 0,
-         py::arg("pin_version") = false, R"(Queues a request and returns its id. Any thread may call this.
+         py::arg("pin_version") = false, py::arg("deadline_ms") = py::none(), py::arg("reject_late") = false,
+         R"(Queues a request and returns its id. Any thread may call this.
 
 prompt_ids [n]: list or integer array. adapter: None is the base model. sampling: None is SamplingParams(). priority: higher is
 served first. pin_version: keep the adapter version the request begins with instead of following the newest.
+deadline_ms: of the first token, from now; None: the engine's ttft_ms. reject_late: end with finish_reason "rejected" once the
+deadline cannot be met; else the request is served late and counted as missed.
 Raises InvalidArgument (naming the argument), NotFound (adapter), QueueFull.)")
       .def(
           "submit_train",
           [](PyEngine& e, const std::string& adapter, const ExamplesLike& examples, std::string loss, std::string reduction,
-             std::optional<AdamW> optimizer, double clip_low, double clip_high) {
+             std::optional<AdamW> optimizer, double clip_low, double clip_high, double weight) {
             std::vector<Example> batch = to_examples(examples, "examples");
-            TrainOptions options{std::move(loss), std::move(reduction), optimizer, clip_low, clip_high};
+            TrainOptions options{std::move(loss), std::move(reduction), optimizer, clip_low, clip_high, weight};
             py::gil_scoped_release release;
             return e.submit_train(adapter, std::move(batch), std::move(options));
           },
           py::arg("adapter"), py::arg("examples"), py::arg("loss") = "cross_entropy", py::arg("reduction") = "mean",
-          py::arg("optimizer") = py::none(), py::arg("clip_low") = 0.2, py::arg("clip_high") = 0.2,
+          py::arg("optimizer") = py::none(), py::arg("clip_low") = 0.2, py::arg("clip_high") = 0.2, py::arg("weight") = 1.0,
           R"(Queues one mini-batch of an adapter and returns the job's id. Any thread may call this.
 
 Its gradients are added to the adapter's; with an optimizer (AdamW) the update happens when the last of them is in.
 examples: a list of Example, dict (Example's fields) or token ids. loss: "cross_entropy", "importance_sampling", "ppo",
 "weighted_logprob". reduction: "mean" over the mini-batch's unmasked targets, or "sum". clip_low, clip_high: of ppo.
+weight: > 0, the adapter's share of training rows beside other adapters in training.
 Raises InvalidArgument (naming example and field), NotFound (adapter), QueueFull.)")
       .def(
           "submit_eval",
@@ -305,6 +324,16 @@ Raises InvalidArgument when another thread is in step(), DeviceError, OutOfMemor
 
 void bind_state(py::class_<PyEngine>& cls) {
   cls.def("stats", &PyEngine::stats, ReleaseGil(), "Counters and gauges: attributes, or a mapping.")
+      .def(
+          "start_trace",
+          [](PyEngine& e, const py::typing::Union<py::str, py::object>& path) {
+            const auto where = to_path(path, "start_trace path: expected a path");
+            py::gil_scoped_release release;
+            e.start_trace(where);
+          },
+          py::arg("path"),
+          "Writes every step from now on as Chrome trace events (JSON, opens in Perfetto), until stop_trace() or close().")
+      .def("stop_trace", &PyEngine::stop_trace, ReleaseGil(), "Ends the trace and completes its file; without one: nothing.")
       .def(
           "save_checkpoint",
           [](const PyEngine& e, const py::typing::Union<py::str, py::object>& folder) {
@@ -349,7 +378,10 @@ kv_cache_tokens, adapter_pool_bytes: None takes them from memory_fraction of the
 max_train_tokens: rows of a step that has training rows; None: max_batch_tokens; 0 switches training off and saves its memory.
 max_queue: waiting requests and examples; beyond it submit raises QueueFull. recompute: "none", or "layer" to keep only each
 layer's input for backward. deterministic: results do not depend on who else is in the batch, bit for bit.
-latency: None. num_threads: CPU backend, 0: the processors this process may use. page_size: tokens per KV page.
+latency: a LatencyTarget(ttft_ms, tpot_ms) that serving keeps, training takes the rest; None: throughput, whole micro-batches.
+slice_rows: rows of a piece of training work that a request may come between; 0: from the device's speed with a target, else whole.
+trace_path: a trace of every step in the Chrome / Perfetto format is written there (start_trace() begins one later).
+num_threads: CPU backend, 0: the processors this process may use. page_size: tokens per KV page.
 cuda_graphs: steps of decodes alone replay recorded launches (CUDA).
 
 submit_*, cancel and the queries may be called from any thread, step() by one thread at a time. A refused call changes nothing.)");
@@ -361,7 +393,7 @@ submit_*, cancel and the queries may be called from any thread, step() by one th
           py::arg("max_lora_rank") = d.max_lora_rank, py::arg("max_queue") = d.max_queue, py::arg("recompute") = d.recompute,
           py::arg("deterministic") = d.deterministic, py::arg("latency") = py::none(), py::arg("seed") = d.seed,
           py::arg("num_threads") = d.num_threads, py::arg("prefix_caching") = d.prefix_caching, py::arg("page_size") = d.page_size,
-          py::arg("cuda_graphs") = d.cuda_graphs);
+          py::arg("slice_rows") = d.slice_rows, py::arg("trace_path") = py::none(), py::arg("cuda_graphs") = d.cuda_graphs);
   cls.def_static(
       "from_state_dict",
       [](const ConfigLike& config, const StateDictLike& state_dict, const py::kwargs& options) -> py::typing::Union<PyEngine> {

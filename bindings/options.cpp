@@ -208,6 +208,18 @@ loraplus_lr_ratio: the learning rate of B is this times lr (LoRA+).)");
   add_value_methods(cls, {"lr", "betas", "eps", "weight_decay", "max_grad_norm", "loraplus_lr_ratio"});
 }
 
+void bind_latency_target(py::module_& m) {
+  py::class_<LatencyTarget> cls(m, "LatencyTarget", R"(What serving is to keep while training takes the rest, in milliseconds.
+
+ttft_ms: from submission to the first token (a request may have a deadline_ms of its own). tpot_ms: mean time per output token after
+the first. Values are checked by Engine.)");
+  const LatencyTarget d;
+  cls.def(py::init([](double ttft_ms, double tpot_ms) { return LatencyTarget{ttft_ms, tpot_ms}; }), py::kw_only(),
+          py::arg("ttft_ms") = d.ttft_ms, py::arg("tpot_ms") = d.tpot_ms);
+  cls.def_readwrite("ttft_ms", &LatencyTarget::ttft_ms).def_readwrite("tpot_ms", &LatencyTarget::tpot_ms);
+  add_value_methods(cls, {"ttft_ms", "tpot_ms"});
+}
+
 template <class T>
 std::optional<py::array_t<T>> optional_array(const std::optional<std::vector<T>>& values) {
   if (!values) return std::nullopt;
@@ -254,6 +266,7 @@ void bind_options(py::module_& m) {
   bind_lora_config(m);
   bind_sampling_params(m);
   bind_adamw(m);
+  bind_latency_target(m);
   bind_example(m);
   m.def(
       "_from_fields", [](const py::object& cls, const py::dict& fields) { return cls(**fields); }, py::arg("cls"),

@@ -19,6 +19,8 @@ std::optional<std::string> reason_text(FinishReason reason) {
       return "length";
     case FinishReason::cancelled:
       return "cancelled";
+    case FinishReason::rejected:
+      return "rejected";
     case FinishReason::error:
       return "error";
   }
@@ -77,14 +79,22 @@ request's last token; adapter: None is the base model; version: of the adapter t
   py::class_<InferResult> infer(m, "InferResult", R"(A request that ended.
 
 token_ids, logprobs: one per generated token. prompt_logprobs: one per prompt token when asked for (the first is NaN), else
-empty. finish_reason: "stop", "length", "cancelled" or "error"; error: the message of the latter. adapter: None is the base.)");
+empty. finish_reason: "stop", "length", "cancelled", "error" or "rejected" (late, and asked not to be served); error: the message of the
+last two. adapter: None is the base. queue_seconds: from submission to the step that computed its first row; ttft_seconds: to the first
+token; tpot_seconds: mean time per token after it (0 with fewer than two); preemptions: times its rows had to be computed again;
+deadline_met: False when its first token came after its deadline.)");
   infer.def_readonly("request_id", &InferResult::request_id)
       .def_readonly("token_ids", &InferResult::token_ids)
       .def_property_readonly("logprobs", [](const InferResult& r) { return float_list(r.logprobs); })
       .def_property_readonly("prompt_logprobs", [](const InferResult& r) { return float_list(r.prompt_logprobs); })
       .def_property_readonly("finish_reason", [](const InferResult& r) { return reason_text(r.finish_reason); })
       .def_property_readonly("adapter", [](const InferResult& r) { return adapter_or_none(r.adapter); })
-      .def_readonly("error", &InferResult::error);
+      .def_readonly("error", &InferResult::error)
+      .def_readonly("queue_seconds", &InferResult::queue_seconds)
+      .def_readonly("ttft_seconds", &InferResult::ttft_seconds)
+      .def_readonly("tpot_seconds", &InferResult::tpot_seconds)
+      .def_readonly("preemptions", &InferResult::preemptions)
+      .def_readonly("deadline_met", &InferResult::deadline_met);
   add_repr(infer, {"request_id", "token_ids", "finish_reason", "adapter", "error"});
 
   py::class_<TrainResult> train(m, "TrainResult", R"(A training job that ended.
@@ -93,6 +103,9 @@ version: of the adapter after this job. loss: reduced as asked. num_targets. gra
 had no optimizer. applied: an optimizer step happened; reason: why not ("accumulated", "non-finite gradient", "cancelled",
 "error: ..."), else empty.)");
   train.def_readonly("job_id", &TrainResult::job_id)
+      .def_readonly("queue_seconds", &TrainResult::queue_seconds)
+      .def_readonly("seconds", &TrainResult::seconds)
+      .def_readonly("steps", &TrainResult::steps)
       .def_readonly("adapter", &TrainResult::adapter)
       .def_readonly("version", &TrainResult::version)
       .def_readonly("loss", &TrainResult::loss)
@@ -164,10 +177,11 @@ class StatsBinder {
     cls_.def("__contains__", [names](const EngineStats&, const std::string& key) {
       return std::find(names.begin(), names.end(), key) != names.end();
     });
-    cls_.def("__getitem__", [names](const py::object& self, const std::string& key) -> std::variant<int64_t, double> {
+    cls_.def("__getitem__", [names](const py::object& self, const std::string& key) -> std::variant<int64_t, double, std::string> {
       if (std::find(names.begin(), names.end(), key) == names.end()) throw py::key_error(key);
       const py::object value = self.attr(key.c_str());
       if (py::isinstance<py::float_>(value)) return value.cast<double>();
+      if (py::isinstance<py::str>(value)) return value.cast<std::string>();
       return value.cast<int64_t>();
     });
     cls_.def("__repr__", [](const py::object& self) { return "EngineStats(" + std::string(py::repr(py::dict(self))) + ")"; });
@@ -254,6 +268,17 @@ void bind_stats(py::module_& m) {
       .field("graph_seconds", &S::graph_seconds)
       .field("step_seconds", &S::step_seconds)
       .field("host_seconds", &S::host_seconds)
+      .field("training_seconds", &S::training_seconds)
+      .field("last_step_seconds", &S::last_step_seconds)
+      .field("last_step_predicted", &S::last_step_predicted)
+      .field("prediction_error_median", &S::prediction_error_median)
+      .field("prediction_error_p95", &S::prediction_error_p95)
+      .field("slices", &S::slices)
+      .field("interrupted_steps", &S::interrupted_steps)
+      .field("deadlines_met", &S::deadlines_met)
+      .field("deadlines_missed", &S::deadlines_missed)
+      .field("rejected_requests", &S::rejected_requests)
+      .field("cost_model", &S::cost_model)
       .finish();
 }
 

@@ -220,6 +220,8 @@ __global__ void backward_kv_kernel(BackwardArgs<T> a) {
 
 // Block i lays out sequence i of the plan's batch; block 0 ends the offsets.
 __global__ void ragged_tables_kernel(RaggedTables t) {
+  let_next_start();
+  wait_for_previous();
   const int i = static_cast<int>(blockIdx.x), last = t.count - 1;
   const bool real = i < t.count;
   const auto offset = [&](int o, bool exists) {
@@ -348,7 +350,9 @@ void plain_attention_backward(cudaStream_t stream, DType dtype, TensorView q, Te
 }
 
 void fill_ragged_tables(cudaStream_t stream, const RaggedTables& tables) {
-  Launch{dim3(static_cast<unsigned>(tables.batch)), dim3(128), 0, stream}(ragged_tables_kernel, tables);
+  Launch launch{dim3(static_cast<unsigned>(tables.batch)), dim3(128), 0, stream};
+  launch.overlap = true;
+  launch(ragged_tables_kernel, tables);
 }
 
 }  // namespace loquetier::cuda

@@ -77,6 +77,14 @@ inline bool rows_of_vectors(const TensorView& t) {
   return aligned16(t.data) && t.cols % 8 == 0 && (t.ld * static_cast<int64_t>(size_of(t.dtype))) % 16 == 0;
 }
 
+// ---------------------------------------------------------------- overlapped launches
+
+// A kernel launched with `overlap` may begin while the launch in front of it still runs: before it touches anything that launch may
+// write (or writes what that launch may read) every thread waits here. Without `overlap` it returns at once.
+__device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// From here on the next launch may begin, if it was made with `overlap`.
+__device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // ---------------------------------------------------------------- elements
 
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }

@@ -1,5 +1,6 @@
 // The CUDA backend's class. Each topic has its own file: device.cpp, linear.cpp (construction, products), elementwise.cu, norm.cu,
-// rope.cu, lora_*.cu, attention.cpp with attention_cudnn.cpp and attention_plain.cu (any shape), loss.cu, sampling.cu, adamw.cu.
+// rope.cu, lora_*.cu, fused_linear.cpp (base and LoRA as one product), attention.cpp with attention_cudnn.cpp and
+// attention_plain.cu (any shape), loss.cu, sampling.cu, adamw.cu.
 //
 // Ops are ordered on one stream (a branch may run beside it inside an op), allocate nothing and wait for nothing, so they can be
 // captured in a CUDA graph. Two things are made at first use, before any capture: attention plans (cuDNN compiles them), and
@@ -16,6 +17,7 @@
 #include "core/memory.h"
 #include "ops/ops.h"
 #include "ops/workspace.h"
+#include "tensor_maps.h"
 
 namespace loquetier::cuda {
 
@@ -41,6 +43,8 @@ class CudaDevice final : public Device {
   uint64_t side_mark() override;
   void wait_for_side(uint64_t mark) override;
   void side_synchronize() override;
+  uint64_t record() override;
+  void wait(uint64_t mark) override;
   size_t free_bytes() const override;
   bool host_addressable() const override { return false; }
 
@@ -52,12 +56,14 @@ class CudaDevice final : public Device {
   int index_ = 0;
   int processors_ = 0;
   cudaStream_t stream_ = nullptr;
+  cudaEvent_t marks_[kMarks] = {};  // made at construction; mark m is in marks_[m % kMarks]
+  uint64_t next_mark_ = 0;
   // Marks of the side queue in a ring: a mark whose event was recorded again is behind the newer one, which is waited for instead.
-  static constexpr uint64_t kMarks = 64;
+  static constexpr uint64_t kSideMarks = 64;
   cudaStream_t side_ = nullptr;
   cudaEvent_t followed_ = nullptr;  // the point of the stream that the side queue waits for
-  cudaEvent_t marks_[kMarks] = {};
-  uint64_t last_mark_ = 0;
+  cudaEvent_t side_marks_[kSideMarks] = {};
+  uint64_t last_side_mark_ = 0;
 };
 
 // One product of cuBLASLt: what decides the algorithm. Rows are rounded up to a bucket, so nearby batch sizes share an entry.
@@ -84,6 +90,8 @@ class Scratch {
 };
 
 class AttentionPlans;  // attention_cudnn.cpp
+class FusedLinear;     // fused_linear.cpp
+struct LoraCall;       // lora_call.h
 
 class CudaOps final : public Ops {
  public:
@@ -113,9 +121,22 @@ class CudaOps final : public Ops {
   void lora_backward_x(const LoraLinear& linear, const LoraGroups& groups, TensorView ds, TensorView dx) override;
   void lora_backward_weights(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
                              TensorView ds) override;
+  void lora_backward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
+                     TensorView ds) override;
 
   void linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
                    TensorView y) override;
+  void linear_lora_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
+                            TensorView dx) override;
+  // The ways of linear_lora and linear_lora_backward with many rows, s and ds being there already; the benchmark compares them.
+  // Base and LoRA as one product. False: does not fit, nothing was done.
+  bool linear_lora_fused(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                         TensorView s, TensorView y);
+  bool linear_lora_backward_fused(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
+                                  TensorView dx);
+  // The expand writes y, and the base product adds to it.
+  void linear_lora_filled(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                          TensorView s, TensorView y);
 
   void rms_norm(TensorView x, TensorView w, float eps, TensorView y) override;
   void add_rms_norm(TensorView x, TensorView delta, TensorView w, float eps, TensorView sum, TensorView y) override;
@@ -137,6 +158,7 @@ class CudaOps final : public Ops {
 
   void swiglu(TensorView gate_up, TensorView y) override;
   void swiglu_backward(TensorView gate_up, TensorView dy, TensorView dgate_up) override;
+  void swiglu_and_backward(TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y) override;
 
   void token_loss(TensorView logits, const LossRow* rows, TensorView dlogits, float* logprob, float* loss) override;
   void sample(TensorView logits, const SampleBatch& batch, int32_t* ids, float* logprob, TensorView top_ids,
@@ -146,9 +168,29 @@ class CudaOps final : public Ops {
   void adamw(const AdamBatch& batch, const float* norm) override;
 
  private:
-  void shrink_on(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s);
+  // y: the forward's output too, or without data.
+  void swiglu_backward_onto(const char* op, TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y);
+  // False: no group has a rank here, nothing was launched.
+  bool shrink_on(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s);
   // Shrink and expand in one launch when every group is small (lora_decode.cu); false: not such a batch, nothing was done.
   bool lora_small(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView y);
+  // The products into rank columns over many rows of a fast layout (lora_tall.cu); shrink: the groups without dropout.
+  void tall_shrink(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, int stacked,
+                   TensorView x, TensorView s);
+  void tall_backward_s(const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, int single, TensorView dy,
+                       TensorView ds);
+  // dB, dA of the groups without dropout, dA of those with it: by the kernels for any rows and layout (lora_grad.cu), or by the
+  // passes over many rows (lora_wide.cu).
+  enum class Gradient { b, a, a_dropout };
+  void gradients(const char* op, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
+                 TensorView ds, bool with_ds);
+  void small_gradient(Gradient of, const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, bool fast,
+                      TensorView l, TensorView p);
+  void wide_gradient(Gradient of, const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, TensorView l,
+                     TensorView p);
+  // ds and dB in one pass over dy; false: ranks or sums are too large for it, nothing was done.
+  bool wide_sum(const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, TensorView s, TensorView dy,
+                TensorView ds);
   // Expand that overwrites: y = scale * s B^T, zero where a row or part has no adapter (lora_spread.cu).
   void lora_fill(const LoraLinear& linear, const LoraGroups& groups, TensorView s, TensorView y);
   void linear_onto(TensorView x, TensorView w, TensorView bias, TensorView y, bool accumulate);
@@ -161,10 +203,14 @@ class CudaOps final : public Ops {
   cublasLtHandle_t blas_ = nullptr;
   Buffer blas_workspace_;
   std::unordered_map<LinearKey, cublasLtMatmulAlgo_t, LinearKeyHash> linear_algorithms_;
-  Scratch sample_scratch_;  // logits of tokens that bias or penalties change
-  Scratch norm_scratch_;    // partial sums of gradient norms
+  TensorMaps tensor_maps_;
+  Buffer decode_workspace_;  // linear_decode.h
+  Scratch sample_scratch_;   // logits of tokens that bias or penalties change
+  Scratch norm_scratch_;     // partial sums of gradient norms
+  Scratch lora_scratch_;     // partial sums of ds, dA and dB
   Scratch attention_scratch_;
   std::unique_ptr<AttentionPlans> attention_plans_;
+  std::unique_ptr<FusedLinear> fused_linear_;
   // A branch beside the main stream: shrink runs on it while the base product runs.
   struct Branch {
     cudaStream_t stream = nullptr;

@@ -85,16 +85,19 @@ CudaDevice::CudaDevice(int index) : index_(index) {
                        "): expected compute capability 9.0 (Hopper), got ", properties.major, ".", properties.minor);
   processors_ = properties.multiProcessorCount;
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  for (cudaEvent_t& mark : marks_) check(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
   check(cudaEventCreateWithFlags(&followed_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
-  for (cudaEvent_t& event : marks_) check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  for (cudaEvent_t& event : side_marks_)
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
 }
 
 CudaDevice::~CudaDevice() {
   cudaSetDevice(index_);
   cudaStreamSynchronize(side_);
   cudaStreamSynchronize(stream_);
-  for (const cudaEvent_t event : marks_) cudaEventDestroy(event);
+  for (cudaEvent_t mark : marks_) cudaEventDestroy(mark);
+  for (const cudaEvent_t event : side_marks_) cudaEventDestroy(event);
   cudaEventDestroy(followed_);
   cudaStreamDestroy(side_);
   cudaStreamDestroy(stream_);
@@ -155,6 +158,13 @@ void CudaDevice::zero(void* dst, size_t bytes) {
 
 void CudaDevice::synchronize() { check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"); }
 
+uint64_t CudaDevice::record() {
+  check(cudaEventRecord(marks_[next_mark_ % kMarks], stream_), "cudaEventRecord");
+  return next_mark_++;
+}
+
+void CudaDevice::wait(uint64_t mark) { check(cudaEventSynchronize(marks_[mark % kMarks]), "cudaEventSynchronize"); }
+
 void CudaDevice::side_copy_to_device(void* dst, const void* host, size_t bytes) {
   if (bytes > 0) check(cudaMemcpyAsync(dst, host, bytes, cudaMemcpyHostToDevice, side_), "cudaMemcpyAsync(to device, beside)");
 }
@@ -167,13 +177,13 @@ void CudaDevice::side_follow() {
 
 uint64_t CudaDevice::side_mark() {
   use();
-  ++last_mark_;
-  check(cudaEventRecord(marks_[last_mark_ % kMarks], side_), "cudaEventRecord");
-  return last_mark_;
+  ++last_side_mark_;
+  check(cudaEventRecord(side_marks_[last_side_mark_ % kSideMarks], side_), "cudaEventRecord");
+  return last_side_mark_;
 }
 
 void CudaDevice::wait_for_side(uint64_t mark) {
-  if (mark > 0) check(cudaStreamWaitEvent(stream_, marks_[mark % kMarks]), "cudaStreamWaitEvent");
+  if (mark > 0) check(cudaStreamWaitEvent(stream_, side_marks_[mark % kSideMarks]), "cudaStreamWaitEvent");
 }
 
 void CudaDevice::side_synchronize() { check(cudaStreamSynchronize(side_), "cudaStreamSynchronize"); }

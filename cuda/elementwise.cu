@@ -11,12 +11,15 @@ constexpr int kThreads = 256;
 
 // A grid over rows x vectors of N columns.
 Launch over(int64_t rows, int64_t vectors, cudaStream_t stream, std::source_location where = std::source_location::current()) {
-  return {dim3(static_cast<unsigned>(ceil_div(rows * vectors, kThreads))), dim3(kThreads), 0, stream, 1, where};
+  return {dim3(static_cast<unsigned>(ceil_div(rows * vectors, kThreads))), dim3(kThreads), 0, stream, 1, where, true};
 }
 
-// The (row, column) of this thread, or false past the end. cols counts elements and is a multiple of N.
+// The (row, column) of this thread, or false past the end. cols counts elements and is a multiple of N. Every kernel here begins
+// with it, so it also waits for the launch in front.
 template <int N>
 __device__ inline bool place(int64_t rows, int64_t cols, int64_t& row, int64_t& col) {
+  let_next_start();
+  wait_for_previous();
   const int64_t vectors = cols / N, i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   if (i >= rows * vectors) return false;
   row = i / vectors;
@@ -67,22 +70,25 @@ __global__ void swiglu_kernel(const T* gate_up, int64_t ld_in, T* y, int64_t ld_
   store_pack<T, N>(y + row * ld_y + col, out);
 }
 
-// d silu(g) / dg = s + g s (1 - s) with s = sigmoid(g). dgate_up may be gate_up: a thread reads its elements before it writes them.
+// d silu(g) / dg = s + g s (1 - s) with s = sigmoid(g). y: the forward's output too, or null. dgate_up may be gate_up and y may be
+// dy: a thread reads its elements before it writes them.
 template <class T, int N>
-__global__ void swiglu_backward_kernel(const T* gate_up, int64_t ld_in, const T* dy, int64_t ld_dy, T* out, int64_t ld_out,
-                                       int64_t rows, int64_t cols) {
+__global__ void swiglu_backward_kernel(const T* gate_up, int64_t ld_in, const T* dy, int64_t ld_dy, T* out, int64_t ld_out, T* y,
+                                       int64_t ld_y, int64_t rows, int64_t cols) {
   int64_t row, col;
   if (!place<N>(rows, cols, row, col)) return;
   const Pack<T, N> gate = load_pack<T, N>(gate_up + row * ld_in + col), up = load_pack<T, N>(gate_up + row * ld_in + cols + col),
                    grad = load_pack<T, N>(dy + row * ld_dy + col);
-  Pack<T, N> dgate, dup;
+  Pack<T, N> dgate, dup, again;
   for (int i = 0; i < N; ++i) {
     const float g = to_float(gate.v[i]), d = to_float(grad.v[i]), s = sigmoid(g);
     dgate.v[i] = from_float<T>(d * to_float(up.v[i]) * (s + g * s * (1.0f - s)));
     dup.v[i] = from_float<T>(d * g * s);
+    again.v[i] = from_float<T>(g * s * to_float(up.v[i]));
   }
   store_pack<T, N>(out + row * ld_out + col, dgate);
   store_pack<T, N>(out + row * ld_out + cols + col, dup);
+  if (y != nullptr) store_pack<T, N>(y + row * ld_y + col, again);
 }
 
 }  // namespace
@@ -172,16 +178,26 @@ void CudaOps::swiglu(TensorView gate_up, TensorView y) {
 }
 
 void CudaOps::swiglu_backward(TensorView gate_up, TensorView dy, TensorView dgate_up) {
-  expect("swiglu_backward", "dy", dy, dtype_, -1, -1);
-  expect("swiglu_backward", "gate_up", gate_up, dtype_, dy.rows, 2 * dy.cols);
-  expect("swiglu_backward", "dgate_up", dgate_up, dtype_, dy.rows, 2 * dy.cols);
+  swiglu_backward_onto("swiglu_backward", gate_up, dy, dgate_up, {});
+}
+
+void CudaOps::swiglu_and_backward(TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y) {
+  expect("swiglu_and_backward", "y", y, dtype_, dy.rows, dy.cols);
+  swiglu_backward_onto("swiglu_and_backward", gate_up, dy, dgate_up, y);
+}
+
+void CudaOps::swiglu_backward_onto(const char* op, TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y) {
+  expect(op, "dy", dy, dtype_, -1, -1);
+  expect(op, "gate_up", gate_up, dtype_, dy.rows, 2 * dy.cols);
+  expect(op, "dgate_up", dgate_up, dtype_, dy.rows, 2 * dy.cols);
   if (dy.size() == 0) return;
   device_.use();
   dispatch_half(dtype_, [&]<class T>() {
-    const bool vectors = rows_of_vectors(gate_up) && rows_of_vectors(dy) && rows_of_vectors(dgate_up);
-    over(dy.rows, vectors ? dy.cols / 8 : dy.cols, stream())(
-        vectors ? swiglu_backward_kernel<T, 8> : swiglu_backward_kernel<T, 1>, static_cast<const T*>(gate_up.data), gate_up.ld,
-        static_cast<const T*>(dy.data), dy.ld, static_cast<T*>(dgate_up.data), dgate_up.ld, dy.rows, dy.cols);
+    const bool vectors = rows_of_vectors(gate_up) && rows_of_vectors(dy) && rows_of_vectors(dgate_up) && rows_of_vectors(y);
+    over(dy.rows, vectors ? dy.cols / 8 : dy.cols, stream())(vectors ? swiglu_backward_kernel<T, 8> : swiglu_backward_kernel<T, 1>,
+                                                             static_cast<const T*>(gate_up.data), gate_up.ld,
+                                                             static_cast<const T*>(dy.data), dy.ld, static_cast<T*>(dgate_up.data),
+                                                             dgate_up.ld, static_cast<T*>(y.data), y.ld, dy.rows, dy.cols);
   });
 }
 

@@ -1,5 +1,5 @@
-// Plain products through cuBLASLt, and construction of the backend. cuBLASLt is column-major, so a row-major y [T, N] is its N x T
-// matrix:
+// Plain products through cuBLASLt (few rows: linear_decode.cu), and construction of the backend. cuBLASLt is column-major, so a
+// row-major y [T, N] is its N x T matrix:
 //   forward   y^T [N, T] = w (stored K x N, transposed) * x^T [K, T]        backward   dx^T [K, T] = w^T (K x N, as stored) * dy^T
 //   [N, T]
 // Algorithms come from cuBLASLt's heuristic, once per shape with the rows rounded up to a bucket. In deterministic mode the rows
@@ -12,6 +12,8 @@
 #include "core/check.h"
 #include "cuda_check.h"
 #include "cuda_ops.h"
+#include "fused_linear.h"
+#include "linear_decode.h"
 #include "lora_call.h"
 
 namespace loquetier::cuda {
@@ -19,7 +21,7 @@ namespace loquetier::cuda {
 namespace {
 
 constexpr int64_t kDeterministicRows = 2048;
-constexpr int64_t kFillRows = 512;   // adapter rows from which on the expand goes before the base product
+constexpr int64_t kManyRows = 512;   // with an adapter: base and LoRA as one product, or the expand before the base product
 constexpr int64_t kBranchTiles = 8;  // tiles of 16 rows up to which the shrink goes beside it
 
 cudaDataType_t cuda_type(DType dtype) {
@@ -72,6 +74,21 @@ void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttribut
   check(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(value)), "cublasLtMatmulPreferenceSetAttribute");
 }
 
+// Whether most rows have an adapter, and enough of them.
+bool many_rows(const LoraGroups& groups, int64_t rows) {
+  int64_t covered = 0;
+  for (int32_t g = 0; g < groups.count; ++g) covered += groups.host_groups[g].sites != nullptr ? groups.host_groups[g].rows : 0;
+  return covered >= kManyRows && 2 * covered >= rows;
+}
+
+// The groups from `first` on.
+LoraGroups groups_from(LoraGroups groups, int32_t first) {
+  groups.groups += first;
+  groups.host_groups += first;
+  groups.count -= first;
+  return groups;
+}
+
 }  // namespace
 
 size_t LinearKeyHash::operator()(const LinearKey& key) const {
@@ -88,14 +105,18 @@ CudaOps::CudaOps(int device, DType compute_dtype, bool deterministic)
       deterministic_(deterministic),
       sample_scratch_(device_),
       norm_scratch_(device_),
+      lora_scratch_(device_),
       attention_scratch_(device_) {
   require(dtype_ == DType::bf16 || dtype_ == DType::f16, "[cuda] compute dtype: expected bf16 or f16, got ", name_of(dtype_));
   blas_workspace_ = Buffer(device_, kBlasWorkspace);
+  decode_workspace_ = Buffer(device_, decode_workspace_bytes(device_.processors()));
+  device_.zero(decode_workspace_.data(), decode_workspace_.bytes());
   check(cublasLtCreate(&blas_), "cublasLtCreate");
   check(cudaStreamCreateWithFlags(&branch_.stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
   check(cudaEventCreateWithFlags(&branch_.fork, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   check(cudaEventCreateWithFlags(&branch_.join, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   attention_plans_ = AttentionPlans::make(device_, dtype_, deterministic_);
+  fused_linear_ = std::make_unique<FusedLinear>(device_, dtype_);
 }
 
 CudaOps::~CudaOps() {
@@ -173,6 +194,10 @@ void CudaOps::linear_onto(TensorView x, TensorView w, TensorView bias, TensorVie
           name_of(y.dtype));
   if (x.rows == 0 || w.rows == 0) return;
   device_.use();
+  if (!deterministic_ && !accumulate && y.dtype == dtype_ &&
+      decode_linear(tensor_maps_, decode_workspace_.data(), x, w, bias.data, y, {}, device_.processors(), stream())) {
+    return;
+  }
   const int32_t alignment =
       std::min({alignment_of(x.data, x.ld, dtype_), alignment_of(w.data, w.ld, dtype_), alignment_of(y.data, y.ld, y.dtype)});
   const LinearKey key = {deterministic_ ? kDeterministicRows : bucket_of(x.rows),
@@ -189,11 +214,13 @@ void CudaOps::linear_onto(TensorView x, TensorView w, TensorView bias, TensorVie
   matmul(key, x.data, w.data, bias.data, y.data, x.rows);
 }
 
-// Three ways, each the fastest of what was measured at its size (benchmarks/results):
-// * Many rows with adapters: the expand writes y first and the base product adds to it, whose epilogue reads y while other tiles
-// compute; the other way
-//   round y would be read and written once more, bound by bandwidth. Rounding differs by one step, so the deterministic mode, where
-//   a row's bits must not depend on its group's size, does not.
+// Five ways, each the fastest of what was measured at its size (benchmarks/results):
+// * A decode step: the shrink, then base product and expand in one launch (linear_decode.cu).
+// * Many rows with adapters: base and LoRA as one product (fused_linear.h). Rounding differs from the single operations by one
+// step,
+//   so the deterministic mode, where a row's bits must not depend on its group's size, does not; nor does the next way.
+// * The same, where the layout does not allow that: the expand writes y first and the base product adds to it, whose epilogue reads
+//   y while other tiles compute; the other way round y would be read and written once more, bound by bandwidth.
 // * A few small tiles: the shrink runs beside the base product, on a branch of the stream, and only the expand comes after.
 // * Many small tiles: the base product, then shrink and expand in one launch (lora_decode.cu).
 void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
@@ -210,13 +237,19 @@ void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const Lor
   }
   expect("linear_lora", "s", s, dtype_, x.rows, -1);
   require(s.cols >= groups.max_rank, "[linear_lora] s: expected at least ", groups.max_rank, " columns, got ", s.cols);
-  lora_call("linear_lora", linear, groups, x.rows);  // for its checks
-  int64_t covered = 0;
-  for (int32_t g = 0; g < groups.count; ++g) covered += groups.host_groups[g].sites != nullptr ? groups.host_groups[g].rows : 0;
-  if (!deterministic_ && y.dtype == dtype_ && covered >= kFillRows && 2 * covered >= x.rows) {
+  const LoraCall call = lora_call("linear_lora", linear, groups, x.rows);
+  if (!deterministic_ && y.dtype == dtype_ && x.rows <= kMaxDecodeRows && fast_layout(linear, groups, {x, s, y}) &&
+      !count_tiles(groups, 8).dropout) {
+    const DecodeLora lora = shrink_on(stream(), linear, groups, x, s) ? DecodeLora{call, s} : DecodeLora{};
+    if (decode_linear(tensor_maps_, decode_workspace_.data(), x, w, bias.data, y, lora, device_.processors(), stream())) return;
+    linear_onto(x, w, bias, y, false);
+    lora_expand(linear, groups, s, y);
+    return;
+  }
+  if (!deterministic_ && y.dtype == dtype_ && many_rows(groups, x.rows)) {
     lora_shrink(linear, groups, x, s);
-    lora_fill(linear, groups, s, y);
-    linear_onto(x, w, bias, y, true);
+    if (linear_lora_fused(x, w, bias, linear, groups, s, y)) return;
+    linear_lora_filled(x, w, bias, linear, groups, s, y);
     return;
   }
   if (count_tiles(groups, 16).tiles > kBranchTiles) {
@@ -233,6 +266,45 @@ void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const Lor
     check(cudaStreamWaitEvent(stream(), branch_.join), "cudaStreamWaitEvent");
   }
   lora_expand(linear, groups, s, y);
+}
+
+bool CudaOps::linear_lora_fused(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                                TensorView s, TensorView y) {
+  const int32_t taken = fused_linear_->forward(linear, groups, x, w, bias, s, y);
+  if (taken < 0) return false;
+  if (taken < groups.count) lora_expand(linear, groups_from(groups, taken), s, y);
+  return true;
+}
+
+void CudaOps::linear_lora_filled(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                                 TensorView s, TensorView y) {
+  lora_fill(linear, groups, s, y);
+  linear_onto(x, w, bias, y, true);
+}
+
+void CudaOps::linear_lora_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
+                                   TensorView dx) {
+  expect("linear_lora_backward", "dy", dy, dtype_, -1, columns_of(linear));
+  expect("linear_lora_backward", "w", w, dtype_, columns_of(linear), linear.in);
+  expect("linear_lora_backward", "dx", dx, dtype_, dy.rows, linear.in);
+  if (groups.count == 0 || groups.max_rank == 0 || dy.rows == 0) {
+    linear_backward(dy, w, dx, false);
+    return;
+  }
+  expect("linear_lora_backward", "ds", ds, dtype_, dy.rows, -1);
+  require(ds.cols >= groups.max_rank, "[linear_lora_backward] ds: expected at least ", groups.max_rank, " columns, got ", ds.cols);
+  lora_call("linear_lora_backward", linear, groups, dy.rows);  // for its checks
+  if (!deterministic_ && many_rows(groups, dy.rows) && linear_lora_backward_fused(dy, w, linear, groups, ds, dx)) return;
+  linear_backward(dy, w, dx, false);
+  lora_backward_x(linear, groups, ds, dx);
+}
+
+bool CudaOps::linear_lora_backward_fused(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups,
+                                         TensorView ds, TensorView dx) {
+  const int32_t taken = fused_linear_->backward(linear, groups, dy, w, ds, dx);
+  if (taken < 0) return false;
+  if (taken < groups.count) lora_backward_x(linear, groups_from(groups, taken), ds, dx);
+  return true;
 }
 
 void CudaOps::linear_backward(TensorView dy, TensorView w, TensorView dx, bool accumulate) {

@@ -49,6 +49,34 @@ TileCount count_tiles(const LoraGroups& groups, int tile_rows) {
   return count;
 }
 
+Ranks ranks_of(const LoraLinear& linear, const LoraGroups& groups) {
+  Ranks ranks;
+  for (int32_t g = 0; g < groups.count; ++g) {
+    const LoraGroup& group = groups.host_groups[g];
+    if (group.sites == nullptr || group.rows == 0) continue;
+    int sum = 0;
+    for (int p = 0; p < linear.parts; ++p) {
+      const int rank = group.host_sites[linear.site].part[p].rank;
+      sum += rank;
+      ranks.single = std::max(ranks.single, rank);
+    }
+    ranks.stacked = std::max(ranks.stacked, sum);
+  }
+  return ranks;
+}
+
+bool many_rows(const LoraGroups& groups) {
+  constexpr int64_t kLargest = 128, kTogether = 256;  // rows of one group, of all
+  int64_t largest = 0, together = 0;
+  for (int32_t g = 0; g < groups.count; ++g) {
+    const LoraGroup& group = groups.host_groups[g];
+    if (group.sites == nullptr) continue;
+    largest = std::max(largest, int64_t{group.rows});
+    together += group.rows;
+  }
+  return largest >= kLargest && together >= kTogether;
+}
+
 bool fast_layout(const LoraLinear& linear, const LoraGroups& groups, std::initializer_list<TensorView> rows) {
   uint64_t bits = static_cast<uint64_t>(linear.in);  // whatever must be a multiple of 8
   for (int p = 0; p < linear.parts; ++p) bits |= static_cast<uint64_t>(linear.out[p]);

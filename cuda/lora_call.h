@@ -33,6 +33,17 @@ TileCount count_tiles(const LoraGroups& groups, int tile_rows);
 // Whether all columns, ranks and pointers of this linear and these rows allow 16-byte loads.
 bool fast_layout(const LoraLinear& linear, const LoraGroups& groups, std::initializer_list<TensorView> rows);
 
+// Ranks of one linear over the groups with rows: the largest sum over the parts of a group, the largest of one part.
+struct Ranks {
+  int stacked = 0;
+  int single = 0;
+};
+Ranks ranks_of(const LoraLinear& linear, const LoraGroups& groups);
+
+// Whether the passes over many rows pay (lora_tall.cu, lora_wide.cu): measured against the kernels for any size (lora_reduce.cu,
+// lora_grad.cu), which a layout that is not fast needs anyway.
+bool many_rows(const LoraGroups& groups);
+
 inline int64_t columns_of(const LoraLinear& linear) {
   int64_t columns = 0;
   for (int p = 0; p < linear.parts; ++p) columns += linear.out[p];

@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kLoraThreads, 2) fused_kernel(FusedArgs a) {
   const int index = static_cast<int>(blockIdx.x) / cluster_size, split = index % a.splits;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
 
+  let_next_start();
   const Tile tile = find_tile(a.call, NT * 8, index / a.splits);
   if (tile.group < 0) return;
   __shared__ LoraSite site;

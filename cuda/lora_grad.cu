@@ -1,7 +1,8 @@
-// lora_backward_weights: dA += ds^T (x * M) and dB += scale dy^T s. Both are G[r, n] += L^T P, summed over a group's rows: L holds
-// rank columns, P wide rows, read once. A block takes 128 columns; its warps are two column halves by four row shares, the blocks
-// of a cluster share the rows further, and all partial sums meet in shared memory in a fixed order: f32, no atomics. Operands have
-// the summed index on the slow side, so their 8 x 8 blocks are transposed in registers.
+// Gradients of the adapters: dA += ds^T (x * M) and dB += scale dy^T s. Both are G[r, n] += L^T P, summed over a group's rows: L
+// holds rank columns, P wide rows, read once. A block takes 128 columns; its warps are two column halves by four row shares, the
+// blocks of a cluster share the rows further, and all partial sums meet in shared memory in a fixed order: f32, no atomics.
+// Operands have the summed index on the slow side, so their 8 x 8 blocks are transposed in registers. Many rows of a fast layout go
+// to lora_wide.cu instead. At the end of the file: lora_backward, which chooses.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -196,44 +197,66 @@ void launch_ranks(GradArgs args, int rank, int64_t blocks, int products, int64_t
 
 }  // namespace
 
+void CudaOps::small_gradient(Gradient of, const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, bool fast,
+                             TensorView l, TensorView p) {
+  int64_t largest = 0, b_blocks = 0;
+  for (int32_t g = 0; g < groups.count; ++g) largest = std::max(largest, int64_t{groups.host_groups[g].rows});
+  for (int i = 0; i < linear.parts; ++i) b_blocks += ceil_div(linear.out[i], kColumns);
+  const int64_t a_blocks = ceil_div(linear.in, kColumns);
+  const Ranks ranks = ranks_of(linear, groups);
+  const GradArgs args = {call, l.data, l.ld, p.data, p.ld, 1};
+  const int processors = device_.processors();
+  dispatch_half(dtype_, [&]<class T>() {
+    if (of == Gradient::b) launch_ranks<T, Product::b>(args, ranks.single, b_blocks, 1, largest, fast, processors, stream());
+    else if (of == Gradient::a) launch_ranks<T, Product::a>(args, ranks.stacked, a_blocks, 1, largest, fast, processors, stream());
+    else launch_ranks<T, Product::a_dropout>(args, ranks.single, a_blocks, linear.parts, largest, fast, processors, stream());
+  });
+}
+
 void CudaOps::lora_backward_weights(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
                                     TensorView ds) {
-  expect("lora_backward_weights", "x", x, dtype_, -1, linear.in);
-  expect("lora_backward_weights", "dy", dy, dtype_, x.rows, columns_of(linear));
-  const LoraCall call = lora_call("lora_backward_weights", linear, groups, x.rows);
-  int stacked = 0, single = 0;
-  int64_t largest = 0;
-  bool plain = false, dropout = false;
+  gradients("lora_backward_weights", linear, groups, x, s, dy, ds, false);
+}
+
+void CudaOps::lora_backward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
+                            TensorView ds) {
+  gradients("lora_backward", linear, groups, x, s, dy, ds, true);
+}
+
+void CudaOps::gradients(const char* op, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s,
+                        TensorView dy, TensorView ds, bool with_ds) {
+  const bool with_a = x.data != nullptr, with_b = with_ds || dy.data != nullptr;
+  const int64_t rows = with_b ? dy.rows : x.rows;
+  if (with_b) expect(op, "dy", dy, dtype_, rows, columns_of(linear));
+  if (with_a) expect(op, "x", x, dtype_, rows, linear.in);
+  const LoraCall call = lora_call(op, linear, groups, rows);
+  const int stacked = ranks_of(linear, groups).stacked;
+  if (stacked == 0 || rows == 0) return;
+  bool plain = false, dropout = false;  // of the trained groups
   for (int32_t g = 0; g < groups.count; ++g) {
     const LoraGroup& group = groups.host_groups[g];
-    if (group.sites == nullptr || group.grads == nullptr || group.rows == 0) continue;
-    (group.dropout > 0 ? dropout : plain) = true;
-    largest = std::max(largest, int64_t{group.rows});
-    int sum = 0;
-    for (int p = 0; p < linear.parts; ++p) {
-      const int rank = group.host_sites[linear.site].part[p].rank;
-      sum += rank;
-      single = std::max(single, rank);
-    }
-    stacked = std::max(stacked, sum);
+    if (group.sites != nullptr && group.grads != nullptr && group.rows > 0) (group.dropout > 0 ? dropout : plain) = true;
   }
-  if (stacked == 0 || x.rows == 0) return;
-  for (const auto& [name, view] : {std::pair{"s", s}, std::pair{"ds", ds}}) {
-    expect("lora_backward_weights", name, view, dtype_, x.rows, -1);
-    require(view.cols >= stacked, "[lora_backward_weights] ", name, ": expected at least ", stacked, " columns, got ", view.cols);
-  }
+  const bool trained = plain || dropout;
+  if (!trained && !with_ds) return;
+  const auto expect_ranks = [&](const char* name, const TensorView& view) {
+    expect(op, name, view, dtype_, rows, -1);
+    require(view.cols >= stacked, "[", op, "] ", name, ": expected at least ", stacked, " columns, got ", view.cols);
+  };
+  if (with_b) expect_ranks("s", s);
+  if (with_ds || with_a) expect_ranks("ds", ds);
   device_.use();
-  int64_t b_blocks = 0;
-  for (int p = 0; p < linear.parts; ++p) b_blocks += ceil_div(linear.out[p], kColumns);
-  const int64_t a_blocks = ceil_div(linear.in, kColumns);
-  const GradArgs for_b = {call, s.data, s.ld, dy.data, dy.ld, 1}, for_a = {call, ds.data, ds.ld, x.data, x.ld, 1};
-  const int processors = device_.processors();
-  const bool fast = fast_layout(linear, groups, {x, s, dy, ds});
-  dispatch_half(dtype_, [&]<class T>() {
-    launch_ranks<T, Product::b>(for_b, single, b_blocks, 1, largest, fast, processors, stream());
-    if (plain) launch_ranks<T, Product::a>(for_a, stacked, a_blocks, 1, largest, fast, processors, stream());
-    if (dropout) launch_ranks<T, Product::a_dropout>(for_a, single, a_blocks, linear.parts, largest, fast, processors, stream());
-  });
+  const bool fast = fast_layout(linear, groups, {x, s, dy, ds});  // views without data are zeros: no objection
+  const bool wide = fast && !deterministic_ && many_rows(groups);
+  if (!(with_ds && trained && wide && wide_sum(linear, groups, call, s, dy, ds))) {
+    if (with_ds) lora_backward_s(linear, groups, dy, ds);
+    if (trained && with_b && wide) wide_gradient(Gradient::b, linear, groups, call, s, dy);
+    else if (trained && with_b) small_gradient(Gradient::b, linear, groups, call, fast, s, dy);
+  }
+  if (!with_a) return;
+  if (plain && wide) wide_gradient(Gradient::a, linear, groups, call, ds, x);
+  else if (plain) small_gradient(Gradient::a, linear, groups, call, fast, ds, x);
+  if (dropout) small_gradient(Gradient::a_dropout, linear, groups, call, fast, ds, x);
 }
 
 }  // namespace loquetier::cuda

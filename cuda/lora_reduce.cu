@@ -1,5 +1,6 @@
 // lora_shrink and lora_backward_s: the products into rank columns (lora_reduce.cuh), one cluster per tile of a group's rows and per
 // rank range. Without dropout the parts' A matrices are one stacked matrix and X is read once; with it every part has its own mask.
+// Many rows of a fast layout go to lora_tall.cu instead.
 #include <algorithm>
 
 #include "cuda_ops.h"
@@ -23,6 +24,8 @@ struct ReduceArgs {
 template <class T, int MT, int NT, Product kProduct, bool kFast>
 __global__ void __launch_bounds__(kLoraThreads) reduce_kernel(ReduceArgs a) {
   extern __shared__ float shared[];
+  wait_for_previous();  // before the next launch may start: the decode product relies on x being there when it begins
+  let_next_start();
   auto cluster = cooperative_groups::this_cluster();
   const int cluster_size = static_cast<int>(cluster.num_blocks()), cluster_rank = static_cast<int>(cluster.block_rank());
   const Tile tile = find_tile(a.call, NT * 8, static_cast<int>(blockIdx.x) / cluster_size);
@@ -119,7 +122,8 @@ void launch_reduce(const Plan& plan, const ReduceArgs& args, int products, cudaS
          static_cast<size_t>(reduce_floats(MT, NT)) * sizeof(float),
          stream,
          plan.cluster,
-         where}(reduce_kernel<T, MT, NT, kProduct, kFast>, args);
+         where,
+         true}(reduce_kernel<T, MT, NT, kProduct, kFast>, args);
 }
 
 // Rank tiles of a block: as many as the largest rank needs, at most 64 ranks; larger ranks go in ranges.
@@ -145,45 +149,33 @@ void launch_ranks(const Plan& plan, ReduceArgs args, int rank, int products, cud
   }
 }
 
-// Largest stacked rank of this site, and largest rank of one part, over the groups.
-void ranks_of(const LoraLinear& linear, const LoraGroups& groups, int& stacked, int& single) {
-  stacked = single = 0;
-  for (int32_t g = 0; g < groups.count; ++g) {
-    const LoraGroup& group = groups.host_groups[g];
-    if (group.sites == nullptr || group.rows == 0) continue;
-    int sum = 0;
-    for (int p = 0; p < linear.parts; ++p) {
-      const int rank = group.host_sites[linear.site].part[p].rank;
-      sum += rank;
-      single = std::max(single, rank);
-    }
-    stacked = std::max(stacked, sum);
-  }
-}
-
 }  // namespace
 
 void CudaOps::lora_shrink(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) {
   shrink_on(stream(), linear, groups, x, s);
 }
 
-void CudaOps::shrink_on(cudaStream_t on, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) {
+bool CudaOps::shrink_on(cudaStream_t on, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) {
   expect("lora_shrink", "x", x, dtype_, -1, linear.in);
   const LoraCall call = lora_call("lora_shrink", linear, groups, x.rows);
-  int stacked, single;
-  ranks_of(linear, groups, stacked, single);
-  if (stacked == 0 || x.rows == 0) return;
+  const Ranks ranks = ranks_of(linear, groups);
+  const int stacked = ranks.stacked, single = ranks.single;
+  if (stacked == 0 || x.rows == 0) return false;
   expect("lora_shrink", "s", s, dtype_, x.rows, -1);
   require(s.cols >= stacked, "[lora_shrink] s: expected at least ", stacked, " columns, got ", s.cols);
   device_.use();
   const ReduceArgs args = {call, x.data, x.ld, s.data, s.ld, 1};
   const bool fast = fast_layout(linear, groups, {x});
+  // Many rows: another order of the sums, so the deterministic mode, where a row's bits must not depend on the rows beside it,
+  // keeps to one.
+  const bool tall = !deterministic_ && many_rows(groups) && fast_layout(linear, groups, {x, s});
   const bool dropout = count_tiles(groups, 8).dropout;
   bool plain = false;
   for (int32_t g = 0; g < groups.count; ++g)
     plain = plain || (groups.host_groups[g].sites != nullptr && groups.host_groups[g].dropout == 0);
+  if (plain && tall) tall_shrink(on, linear, groups, call, stacked, x, s);
   dispatch_half(dtype_, [&]<class T>() {
-    if (plain)
+    if (plain && !tall)
       launch_ranks<T, Product::shrink>(plan_of(groups, linear.in, 1, fast, device_.processors(), deterministic_, true), args,
                                        stacked, 1, on);
     if (dropout) {
@@ -191,17 +183,22 @@ void CudaOps::shrink_on(cudaStream_t on, const LoraLinear& linear, const LoraGro
                                                args, single, linear.parts, on);
     }
   });
+  return true;
 }
 
 void CudaOps::lora_backward_s(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView ds) {
   expect("lora_backward_s", "dy", dy, dtype_, -1, columns_of(linear));
   const LoraCall call = lora_call("lora_backward_s", linear, groups, dy.rows);
-  int stacked, single;
-  ranks_of(linear, groups, stacked, single);
+  const Ranks ranks = ranks_of(linear, groups);
+  const int stacked = ranks.stacked, single = ranks.single;
   if (stacked == 0 || dy.rows == 0) return;
   expect("lora_backward_s", "ds", ds, dtype_, dy.rows, -1);
   require(ds.cols >= stacked, "[lora_backward_s] ds: expected at least ", stacked, " columns, got ", ds.cols);
   device_.use();
+  if (!deterministic_ && many_rows(groups) && fast_layout(linear, groups, {dy, ds})) {
+    tall_backward_s(linear, groups, call, single, dy, ds);
+    return;
+  }
   const ReduceArgs args = {call, dy.data, dy.ld, ds.data, ds.ld, 1};
   const bool fast = fast_layout(linear, groups, {dy});
   const int64_t k = *std::max_element(linear.out, linear.out + linear.parts);

@@ -20,6 +20,8 @@ template <class T, int N>
 __global__ void norm_kernel(const T* x, int64_t ld_x, const T* delta, int64_t ld_delta, const T* w, float eps, T* sum,
                             int64_t ld_sum, T* y, int64_t ld_y, int64_t cols) {
   __shared__ float shared[8];
+  let_next_start();
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   float squares = 0;
   for (int64_t c = threadIdx.x * N; c < cols; c += blockDim.x * N) {
@@ -46,6 +48,8 @@ template <class T, int N>
 __global__ void norm_backward_kernel(const T* x, int64_t ld_x, const T* w, float eps, const T* dy, int64_t ld_dy, T* dx,
                                      int64_t ld_dx, int64_t cols) {
   __shared__ float shared[8];
+  let_next_start();
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   float squares = 0, dot = 0;
   for (int64_t c = threadIdx.x * N; c < cols; c += blockDim.x * N) {
@@ -68,6 +72,11 @@ __global__ void norm_backward_kernel(const T* x, int64_t ld_x, const T* w, float
   }
 }
 
+Launch row_launch(int64_t rows, int64_t vectors, cudaStream_t stream,
+                  std::source_location where = std::source_location::current()) {
+  return {dim3(static_cast<unsigned>(rows)), dim3(threads_for(vectors)), 0, stream, 1, where, true};
+}
+
 }  // namespace
 
 void CudaOps::rms_norm(TensorView x, TensorView w, float eps, TensorView y) {
@@ -78,7 +87,7 @@ void CudaOps::rms_norm(TensorView x, TensorView w, float eps, TensorView y) {
   device_.use();
   dispatch_half(dtype_, [&]<class T>() {
     const bool vectors = rows_of_vectors(x) && rows_of_vectors(y) && aligned16(w.data);
-    const Launch launch{dim3(static_cast<unsigned>(x.rows)), dim3(threads_for(vectors ? x.cols / 8 : x.cols)), 0, stream()};
+    const Launch launch = row_launch(x.rows, vectors ? x.cols / 8 : x.cols, stream());
     launch(vectors ? norm_kernel<T, 8> : norm_kernel<T, 1>, static_cast<const T*>(x.data), x.ld, nullptr, 0,
            static_cast<const T*>(w.data), eps, nullptr, 0, static_cast<T*>(y.data), y.ld, x.cols);
   });
@@ -95,7 +104,7 @@ void CudaOps::add_rms_norm(TensorView x, TensorView delta, TensorView w, float e
   dispatch_half(dtype_, [&]<class T>() {
     const bool vectors =
         rows_of_vectors(x) && rows_of_vectors(delta) && rows_of_vectors(sum) && rows_of_vectors(y) && aligned16(w.data);
-    const Launch launch{dim3(static_cast<unsigned>(x.rows)), dim3(threads_for(vectors ? x.cols / 8 : x.cols)), 0, stream()};
+    const Launch launch = row_launch(x.rows, vectors ? x.cols / 8 : x.cols, stream());
     launch(vectors ? norm_kernel<T, 8> : norm_kernel<T, 1>, static_cast<const T*>(x.data), x.ld, static_cast<const T*>(delta.data),
            delta.ld, static_cast<const T*>(w.data), eps, static_cast<T*>(sum.data), sum.ld, static_cast<T*>(y.data), y.ld, x.cols);
   });
@@ -110,7 +119,7 @@ void CudaOps::rms_norm_backward(TensorView x, TensorView w, float eps, TensorVie
   device_.use();
   dispatch_half(dtype_, [&]<class T>() {
     const bool vectors = rows_of_vectors(x) && rows_of_vectors(dy) && rows_of_vectors(dx) && aligned16(w.data);
-    const Launch launch{dim3(static_cast<unsigned>(x.rows)), dim3(threads_for(vectors ? x.cols / 8 : x.cols)), 0, stream()};
+    const Launch launch = row_launch(x.rows, vectors ? x.cols / 8 : x.cols, stream());
     launch(vectors ? norm_backward_kernel<T, 8> : norm_backward_kernel<T, 1>, static_cast<const T*>(x.data), x.ld,
            static_cast<const T*>(w.data), eps, static_cast<const T*>(dy.data), dy.ld, static_cast<T*>(dx.data), dx.ld, x.cols);
   });

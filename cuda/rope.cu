@@ -1,5 +1,8 @@
 // Rotary positions on the q and k columns of qkv, with the q/k norm before and the write of k and v into the KV pages after; and
-// the gradient. A warp owns one head of one row: its lanes hold the D columns, so norm, rotation and page write need one pass.
+// the gradient. Both are bound by the bytes of q and k.
+#include <algorithm>
+#include <bit>
+
 #include "common.cuh"
 #include "cuda_ops.h"
 
@@ -7,7 +10,8 @@ namespace loquetier::cuda {
 
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int64_t kManyRows = 1024;
+constexpr int64_t kFewThreads = 128, kMostThreads = 512;  // of a block
 
 __global__ void rope_table_kernel(const int32_t* positions, const float* inv_freq, float factor, float* cos_sin, int64_t ld,
                                   int64_t rows, int half) {
@@ -41,90 +45,171 @@ struct RopeArgs {
   T* v_pages;
 };
 
-// heads: q heads, then k heads, then (only with pages) v heads, which are copied.
-template <class T>
-__global__ void rope_kernel(RopeArgs<T> a, int heads) {
-  const int64_t item = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp;
-  if (item >= a.rows * heads) return;
-  const int lane = threadIdx.x % kWarp, size = a.head_size, half = size / 2;
-  const int64_t row = item / heads;
-  const int head = static_cast<int>(item - row * heads);
-  T* x = a.qkv + row * a.ld + int64_t{head} * size;
-  const int32_t slot = a.kv_slots != nullptr ? a.kv_slots[row] : -1;
-  const int kv_head = head - a.q_heads - (head >= a.q_heads + a.kv_heads ? a.kv_heads : 0);
-  const int64_t page_place = (int64_t{slot} * a.kv_heads + kv_head) * size;  // slot counts tokens over all pages
+// A block owns one row. `lanes` neighbouring threads (a power of two, at most a warp) own a head: each holds N columns of its first
+// half and the N that rotate with them, so norm, rotation and page write need one pass. With N = 8 the lanes cover a half at once
+// and their cosines and sines stay in registers over the heads.
+template <class T, int N>
+struct Rotor {
+  __device__ Rotor(const float* cos_sin, int half_size, int lane_count)
+      : half(half_size), lanes(lane_count), lane(static_cast<int>(threadIdx.x) % lane_count), table(cos_sin) {
+    const int in_warp = static_cast<int>(threadIdx.x) % kWarp;
+    mask = lanes == kWarp ? 0xffffffffu : ((1u << lanes) - 1) << (in_warp - lane);
+    if (N > 1 && lane * N < half) load(lane * N);
+  }
+  __device__ void load(int i) {
+    for (int n = 0; n < N; ++n) {
+      cosine[n] = table[i + n];
+      sine[n] = table[half + i + n];
+    }
+  }
+  // f(i) for every N columns of this lane, with cosine and sine of them loaded.
+  template <class F>
+  __device__ void each(F f) {
+    if constexpr (N > 1) {
+      if (lane * N < half) f(lane * N);
+    } else {
+      for (int i = lane; i < half; i += lanes) {
+        load(i);
+        f(i);
+      }
+    }
+  }
+  __device__ float sum(float x) const {  // over the head
+    for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(mask, x, offset);
+    return x;
+  }
+  int half, lanes, lane;
+  unsigned mask;
+  const float* table;
+  float cosine[N], sine[N];
+};
 
-  if (head >= a.q_heads + a.kv_heads) {
-    if (slot < 0) return;
-    for (int i = lane; i < size; i += kWarp) a.v_pages[page_place + i] = x[i];
-    return;
-  }
-  const T* w = head < a.q_heads ? a.q_norm : a.k_norm;
-  float scale = 1;
-  if (w != nullptr) {
-    float squares = 0;
-    for (int i = lane; i < size; i += kWarp) squares += to_float(x[i]) * to_float(x[i]);
-    scale = rsqrtf(warp_sum(squares) / static_cast<float>(size) + a.eps);
-  }
-  T* keep = a.raw != nullptr && row < a.raw_rows ? a.raw + row * a.ld_raw + int64_t{head} * size : nullptr;
-  T* page = head >= a.q_heads && slot >= 0 ? a.k_pages + page_place : nullptr;
-  const float* cosine = a.cos_sin + row * a.ld_cos;
-  for (int i = lane; i < half; i += kWarp) {
-    const T raw1 = x[i], raw2 = x[half + i];
-    if (keep != nullptr) {
-      keep[i] = raw1;
-      keep[half + i] = raw2;
+// heads: q heads, then k heads, then (only with pages) v heads, which are copied.
+template <class T, int N>
+__global__ void rope_kernel(RopeArgs<T> a, int heads, int lanes) {
+  let_next_start();
+  wait_for_previous();
+  const int64_t row = blockIdx.x;
+  const int size = a.head_size, half = size / 2, groups = static_cast<int>(blockDim.x) / lanes;
+  Rotor<T, N> rotor(a.cos_sin + row * a.ld_cos, half, lanes);
+  const int32_t slot = a.kv_slots != nullptr ? a.kv_slots[row] : -1;
+  for (int head = static_cast<int>(threadIdx.x) / lanes; head < heads; head += groups) {
+    T* x = a.qkv + row * a.ld + int64_t{head} * size;
+    const bool value = head >= a.q_heads + a.kv_heads;
+    const int kv_head = head - a.q_heads - (value ? a.kv_heads : 0);
+    const int64_t page_place = (int64_t{slot} * a.kv_heads + kv_head) * size;  // slot counts tokens over all pages
+    if (value) {
+      if (slot < 0) continue;
+      rotor.each([&](int i) {
+        store_pack<T, N>(a.v_pages + page_place + i, load_pack<T, N>(x + i));
+        store_pack<T, N>(a.v_pages + page_place + half + i, load_pack<T, N>(x + half + i));
+      });
+      continue;
     }
-    float x1 = to_float(raw1), x2 = to_float(raw2);
+    const T* w = head < a.q_heads ? a.q_norm : a.k_norm;
+    float scale = 1;
     if (w != nullptr) {
-      x1 *= scale * to_float(w[i]);
-      x2 *= scale * to_float(w[half + i]);
+      float squares = 0;
+      rotor.each([&](int i) {
+        const Pack<T, N> first = load_pack<T, N>(x + i), second = load_pack<T, N>(x + half + i);
+        for (int n = 0; n < N; ++n)
+          squares += to_float(first.v[n]) * to_float(first.v[n]) + to_float(second.v[n]) * to_float(second.v[n]);
+      });
+      scale = rsqrtf(rotor.sum(squares) / static_cast<float>(size) + a.eps);
     }
-    const float c = cosine[i], s = cosine[half + i];
-    const T y1 = from_float<T>(x1 * c - x2 * s), y2 = from_float<T>(x2 * c + x1 * s);
-    x[i] = y1;
-    x[half + i] = y2;
-    if (page != nullptr) {
-      page[i] = y1;
-      page[half + i] = y2;
-    }
+    T* keep = a.raw != nullptr && row < a.raw_rows ? a.raw + row * a.ld_raw + int64_t{head} * size : nullptr;
+    T* page = head >= a.q_heads && slot >= 0 ? a.k_pages + page_place : nullptr;
+    rotor.each([&](int i) {
+      Pack<T, N> first = load_pack<T, N>(x + i), second = load_pack<T, N>(x + half + i);
+      if (keep != nullptr) {
+        store_pack<T, N>(keep + i, first);
+        store_pack<T, N>(keep + half + i, second);
+      }
+      for (int n = 0; n < N; ++n) {
+        float x1 = to_float(first.v[n]), x2 = to_float(second.v[n]);
+        if (w != nullptr) {
+          x1 *= scale * to_float(w[i + n]);
+          x2 *= scale * to_float(w[half + i + n]);
+        }
+        first.v[n] = from_float<T>(x1 * rotor.cosine[n] - x2 * rotor.sine[n]);
+        second.v[n] = from_float<T>(x2 * rotor.cosine[n] + x1 * rotor.sine[n]);
+      }
+      store_pack<T, N>(x + i, first);
+      store_pack<T, N>(x + half + i, second);
+      if (page != nullptr) {
+        store_pack<T, N>(page + i, first);
+        store_pack<T, N>(page + half + i, second);
+      }
+    });
   }
 }
 
 // The rotation turned back, then the gradient of the norm: with g = d w, dx = r g - x r^3 mean(g x).
-template <class T>
-__global__ void rope_backward_kernel(RopeArgs<T> a, int heads) {
-  const int64_t item = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp;
-  if (item >= a.rows * heads) return;
-  const int lane = threadIdx.x % kWarp, size = a.head_size, half = size / 2;
-  const int64_t row = item / heads;
-  const int head = static_cast<int>(item - row * heads);
-  T* d = a.qkv + row * a.ld + int64_t{head} * size;
-  const float* cosine = a.cos_sin + row * a.ld_cos;
-  const T* w = head < a.q_heads ? a.q_norm : a.k_norm;
-  const T* x = w != nullptr ? a.raw + row * a.ld_raw + int64_t{head} * size : nullptr;
-  float squares = 0, dot = 0;
-  if (w != nullptr) {
-    for (int i = lane; i < half; i += kWarp) {
-      const float d1 = to_float(d[i]), d2 = to_float(d[half + i]), c = cosine[i], s = cosine[half + i];
-      const float x1 = to_float(x[i]), x2 = to_float(x[half + i]);
-      squares += x1 * x1 + x2 * x2;
-      dot += (d1 * c + d2 * s) * to_float(w[i]) * x1 + (d2 * c - d1 * s) * to_float(w[half + i]) * x2;
-    }
-    squares = warp_sum(squares);
-    dot = warp_sum(dot);
-  }
-  const float n = static_cast<float>(size), r = rsqrtf(squares / n + a.eps), coefficient = r * r * r * dot / n;
-  for (int i = lane; i < half; i += kWarp) {
-    const float d1 = to_float(d[i]), d2 = to_float(d[half + i]), c = cosine[i], s = cosine[half + i];
-    float g1 = d1 * c + d2 * s, g2 = d2 * c - d1 * s;
+template <class T, int N>
+__global__ void rope_backward_kernel(RopeArgs<T> a, int heads, int lanes) {
+  let_next_start();
+  wait_for_previous();
+  const int64_t row = blockIdx.x;
+  const int size = a.head_size, half = size / 2, groups = static_cast<int>(blockDim.x) / lanes;
+  Rotor<T, N> rotor(a.cos_sin + row * a.ld_cos, half, lanes);
+  for (int head = static_cast<int>(threadIdx.x) / lanes; head < heads; head += groups) {
+    T* d = a.qkv + row * a.ld + int64_t{head} * size;
+    const T* w = head < a.q_heads ? a.q_norm : a.k_norm;
+    const T* x = w != nullptr ? a.raw + row * a.ld_raw + int64_t{head} * size : nullptr;
+    const auto turned_back = [&](const Pack<T, N>& first, const Pack<T, N>& second, int n, float& g1, float& g2) {
+      const float d1 = to_float(first.v[n]), d2 = to_float(second.v[n]);
+      g1 = d1 * rotor.cosine[n] + d2 * rotor.sine[n];
+      g2 = d2 * rotor.cosine[n] - d1 * rotor.sine[n];
+    };
+    float r = 1, coefficient = 0;
     if (w != nullptr) {
-      g1 = r * g1 * to_float(w[i]) - coefficient * to_float(x[i]);
-      g2 = r * g2 * to_float(w[half + i]) - coefficient * to_float(x[half + i]);
+      float squares = 0, dot = 0;
+      rotor.each([&](int i) {
+        const Pack<T, N> d1 = load_pack<T, N>(d + i), d2 = load_pack<T, N>(d + half + i);
+        for (int n = 0; n < N; ++n) {
+          const float x1 = to_float(x[i + n]), x2 = to_float(x[half + i + n]);
+          float g1, g2;
+          turned_back(d1, d2, n, g1, g2);
+          squares += x1 * x1 + x2 * x2;
+          dot += g1 * to_float(w[i + n]) * x1 + g2 * to_float(w[half + i + n]) * x2;
+        }
+      });
+      const float columns = static_cast<float>(size);
+      r = rsqrtf(rotor.sum(squares) / columns + a.eps);
+      coefficient = r * r * r * rotor.sum(dot) / columns;
     }
-    d[i] = from_float<T>(g1);
-    d[half + i] = from_float<T>(g2);
+    rotor.each([&](int i) {
+      Pack<T, N> d1 = load_pack<T, N>(d + i), d2 = load_pack<T, N>(d + half + i);
+      for (int n = 0; n < N; ++n) {
+        float g1, g2;
+        turned_back(d1, d2, n, g1, g2);
+        if (w != nullptr) {
+          g1 = r * g1 * to_float(w[i + n]) - coefficient * to_float(x[i + n]);
+          g2 = r * g2 * to_float(w[half + i + n]) - coefficient * to_float(x[half + i + n]);
+        }
+        d1.v[n] = from_float<T>(g1);
+        d2.v[n] = from_float<T>(g2);
+      }
+      store_pack<T, N>(d + i, d1);
+      store_pack<T, N>(d + half + i, d2);
+    });
   }
+}
+
+// One launch of the forward or the backward kernel: 16-byte vectors where heads and pointers allow.
+template <class T, class Vectors, class Single>
+void launch_rope(const RopeArgs<T>& a, int heads, Vectors vectors, Single single, cudaStream_t stream,
+                 std::source_location where = std::source_location::current()) {
+  const int half = a.head_size / 2;
+  const auto rows_aligned = [](const T* p, int64_t ld) { return aligned16(p) && ld % 8 == 0; };
+  const bool fast = half % 8 == 0 && half <= 8 * kWarp && rows_aligned(a.qkv, a.ld) && rows_aligned(a.raw, a.ld_raw) &&
+                    aligned16(a.k_pages) && aligned16(a.v_pages);
+  const int lanes = fast ? static_cast<int>(std::bit_ceil(static_cast<unsigned>(half / 8))) : kWarp;
+  // Many rows: few threads that keep their cosines over several heads. Few rows: a thread for everything.
+  const int64_t wanted = a.rows >= kManyRows ? kFewThreads : std::min<int64_t>(int64_t{heads} * lanes, kMostThreads);
+  const unsigned threads = static_cast<unsigned>(ceil_div(wanted, kWarp) * kWarp);
+  const Launch launch{dim3(static_cast<unsigned>(a.rows)), dim3(threads), 0, stream, 1, where, true};
+  fast ? launch(vectors, a, heads, lanes) : launch(single, a, heads, lanes);
 }
 
 void check_heads(const char* op, const AttentionShape& shape) {
@@ -183,8 +268,7 @@ void CudaOps::rope(TensorView qkv, const AttentionShape& shape, TensorView cos_s
                               static_cast<T*>(kv.k),
                               static_cast<T*>(kv.v)};
     const int heads = shape.q_heads + shape.kv_heads * (pages ? 2 : 1);
-    Launch{dim3(static_cast<unsigned>(ceil_div(qkv.rows * heads, kWarps))), dim3(kWarps * kWarp), 0, stream()}(rope_kernel<T>, args,
-                                                                                                               heads);
+    launch_rope(args, heads, rope_kernel<T, 8>, rope_kernel<T, 1>, stream());
   });
 }
 
@@ -220,8 +304,7 @@ void CudaOps::rope_backward(TensorView dqkv, const AttentionShape& shape, Tensor
                               nullptr,
                               nullptr};
     const int heads = shape.q_heads + shape.kv_heads;
-    Launch{dim3(static_cast<unsigned>(ceil_div(dqkv.rows * heads, kWarps))), dim3(kWarps * kWarp), 0, stream()}(
-        rope_backward_kernel<T>, args, heads);
+    launch_rope(args, heads, rope_backward_kernel<T, 8>, rope_backward_kernel<T, 1>, stream());
   });
 }
 

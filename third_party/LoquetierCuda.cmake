@@ -1,9 +1,10 @@
 # Decides whether the CUDA backend is built, and finds what it takes: sets LOQUETIER_WITH_CUDA and LoquetierCuda_* for LoquetierCudaLibrary.cmake.
 #
-# The toolkit (12.8 or newer: nvcc, the CUDA runtime, cuBLASLt), the cuDNN headers and the cudnn-frontend headers come from
+# The toolkit (12.8 or newer: nvcc, the CUDA runtime, cuBLASLt), the cuDNN headers, and the headers of cudnn-frontend and CUTLASS come from
 #   LOQUETIER_CUDA_WHEELS   a site-packages folder with the PyPI packages nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt, nvidia-cuda-runtime,
-#                           nvidia-cuda-cccl, nvidia-cublas, nvidia-cudnn-cu13, nvidia-cudnn-frontend; default: that of the Python which
-#                           drives the build. What it lacks is looked for in
+#                           nvidia-cuda-cccl, nvidia-cublas, nvidia-cudnn-cu13, nvidia-cudnn-frontend, nvidia-cutlass (4.2;
+#                           its headers alone: pip install --no-deps); default: that of the Python which drives the build. The headers of these
+#                           two may also be named by LOQUETIER_CUDNN_FRONTEND_DIR and LOQUETIER_CUTLASS_DIR. What is lacking is looked for in
 #   LOQUETIER_CUDA_TOOLKIT  an installed toolkit; default: where nvcc of the PATH lies, or /usr/local/cuda, and the system's folders.
 # With LOQUETIER_CUDA=AUTO a missing piece switches the backend off and is named; with ON it is an error.
 set(LOQUETIER_CUDA_ARCH 90a CACHE STRING "GPU architectures of the CUDA backend, as nvcc's compute_/sm_ suffixes, separated by ;")
@@ -45,12 +46,20 @@ if(NOT LoquetierCuda_FRONTEND_INCLUDE)  # the wheel puts its headers in site-pac
     find_path(LoquetierCuda_FRONTEND_INCLUDE cudnn_frontend.h PATHS ${LoquetierCuda_frontend_dir} NO_DEFAULT_PATH)
   endif()
 endif()
+find_path(LoquetierCuda_CUTLASS_INCLUDE cutlass/cutlass.h HINTS ${LOQUETIER_CUTLASS_DIR} ${LoquetierCuda_roots}
+  PATH_SUFFIXES include cutlass_library/source/include)
+if(NOT LoquetierCuda_CUTLASS_INCLUDE)  # of the Python which drives the build, beside a toolkit from elsewhere
+  loquetier_python_package(cutlass_library LoquetierCuda_cutlass_library)
+  if(LoquetierCuda_cutlass_library)
+    find_path(LoquetierCuda_CUTLASS_INCLUDE cutlass/cutlass.h PATHS ${LoquetierCuda_cutlass_library}/source/include NO_DEFAULT_PATH)
+  endif()
+endif()
 # NVIDIA's wheels hold versioned names only.
 find_library(LoquetierCuda_CUDART NAMES libcudart.so libcudart.so.13 libcudart.so.12 NAMES_PER_DIR HINTS ${LoquetierCuda_roots} PATH_SUFFIXES lib lib64)
 find_library(LoquetierCuda_CUBLASLT NAMES libcublasLt.so libcublasLt.so.13 libcublasLt.so.12 NAMES_PER_DIR HINTS ${LoquetierCuda_roots} PATH_SUFFIXES lib lib64)
 
 set(LoquetierCuda_missing)
-foreach(piece IN ITEMS NVCC RUNTIME_INCLUDE CUBLAS_INCLUDE CUDNN_INCLUDE FRONTEND_INCLUDE CUDART CUBLASLT)
+foreach(piece IN ITEMS NVCC RUNTIME_INCLUDE CUBLAS_INCLUDE CUDNN_INCLUDE FRONTEND_INCLUDE CUTLASS_INCLUDE CUDART CUBLASLT)
   if(NOT LoquetierCuda_${piece})
     list(APPEND LoquetierCuda_missing ${piece})
   endif()

@@ -17,11 +17,16 @@ if(LOQUETIER_WERROR)
 endif()
 
 set(loquetier_cuda_objects)
-foreach(name IN ITEMS adamw attention_plain elementwise lora_decode lora_grad lora_reduce lora_spread loss norm rope sampling)
+foreach(name IN ITEMS adamw attention_plain elementwise linear_decode lora_decode lora_fused_bf16 lora_fused_f16 lora_fused_pack
+    lora_grad lora_reduce lora_spread lora_tall lora_wide loss norm rope sampling)
   set(source ${PROJECT_SOURCE_DIR}/cuda/${name}.cu)
   set(object ${PROJECT_BINARY_DIR}/cuda/${name}.cu.o)
+  set(options ${loquetier_cuda_gencode})
+  if(name MATCHES "^lora_fused_.*f16$")  # wgmma exists for this architecture alone; the backend runs on no other
+    set(options -gencode=arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -isystem ${LoquetierCuda_CUTLASS_INCLUDE})
+  endif()
   add_custom_command(OUTPUT ${object}
-    COMMAND ${LoquetierCuda_NVCC} -std=c++20 -O3 ${loquetier_cuda_gencode} -lineinfo --extended-lambda ${loquetier_cuda_werror}
+    COMMAND ${LoquetierCuda_NVCC} -std=c++20 -O3 ${options} -lineinfo --extended-lambda ${loquetier_cuda_werror}
       -ccbin ${CMAKE_CXX_COMPILER} -Xcompiler=-fPIC,-Wall,-Wextra -I ${PROJECT_SOURCE_DIR}/cpp -I ${PROJECT_SOURCE_DIR}/cpp/include
       -I ${PROJECT_SOURCE_DIR}/cuda ${loquetier_cuda_includes} -MD -MF ${object}.d -c ${source} -o ${object}
     DEPENDS ${source} DEPFILE ${object}.d COMMENT "nvcc cuda/${name}.cu" VERBATIM)
@@ -29,7 +34,8 @@ foreach(name IN ITEMS adamw attention_plain elementwise lora_decode lora_grad lo
 endforeach()
 file(MAKE_DIRECTORY ${PROJECT_BINARY_DIR}/cuda)
 
-add_library(loquetier_cuda SHARED cuda/attention.cpp cuda/attention_cudnn.cpp cuda/device.cpp cuda/graph.cpp cuda/linear.cpp cuda/lora_call.cpp ${loquetier_cuda_objects})
+add_library(loquetier_cuda SHARED cuda/attention.cpp cuda/attention_cudnn.cpp cuda/device.cpp cuda/fused_linear.cpp cuda/graph.cpp cuda/linear.cpp
+  cuda/lora_call.cpp cuda/tensor_maps.cpp ${loquetier_cuda_objects})
 set_source_files_properties(${loquetier_cuda_objects} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
 target_include_directories(loquetier_cuda PRIVATE cuda cpp)
 target_include_directories(loquetier_cuda SYSTEM PRIVATE ${LoquetierCuda_FRONTEND_INCLUDE} ${LoquetierCuda_CUDNN_INCLUDE}

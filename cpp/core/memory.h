@@ -29,6 +29,11 @@ class Device {
   virtual void copy_on_device(void* dst, const void* src, size_t bytes) = 0;
   virtual void zero(void* dst, size_t bytes) = 0;
   virtual void synchronize() = 0;
+  // A mark in the order of work, and waiting until all before it is done. On a device that works in step with the host: nothing. At
+  // most kMarks marks are remembered; waiting for an older one waits for a younger.
+  static constexpr uint64_t kMarks = 16;
+  virtual uint64_t record() { return 0; }
+  virtual void wait(uint64_t mark) { static_cast<void>(mark); }
 
   // A second queue, for copies beside the step's work (adapters fetched ahead). Its copies are ordered among themselves; between
   // the queues there is only the order asked for here. The host memory must stay as it is until the copy is done. Where there is no

@@ -58,6 +58,8 @@ class CpuOps : public Ops {
   void lora_backward_x(const LoraLinear& linear, const LoraGroups& groups, TensorView ds, TensorView dx) override;
   void lora_backward_weights(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
                              TensorView ds) override;
+  void lora_backward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
+                     TensorView ds) override;
 
   void rms_norm(TensorView x, TensorView w, float eps, TensorView y) override;
   void add_rms_norm(TensorView x, TensorView delta, TensorView w, float eps, TensorView sum, TensorView y) override;
@@ -79,6 +81,7 @@ class CpuOps : public Ops {
 
   void swiglu(TensorView gate_up, TensorView y) override;
   void swiglu_backward(TensorView gate_up, TensorView dy, TensorView dgate_up) override;
+  void swiglu_and_backward(TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y) override;
 
   void token_loss(TensorView logits, const LossRow* rows, TensorView dlogits, float* logprob, float* loss) override;
   void sample(TensorView logits, const SampleBatch& batch, int32_t* ids, float* logprob, TensorView top_ids,
@@ -122,6 +125,8 @@ class CpuOps : public Ops {
     parallel(rows, width >= kElements ? 1 : kElements / (width > 0 ? width : 1), std::forward<F>(fn));
   }
   void check_lora(const char* op, const LoraLinear& linear, const LoraGroups& groups, int64_t rows) const;
+  void check_gradients(const char* op, const LoraLinear& linear, const LoraGroups& groups, const TensorView& x, const TensorView& s,
+                       const TensorView& dy, const TensorView& ds, bool with_ds) const;
   template <class Each>
   void for_each_part(const LoraLinear& linear, const LoraGroups& groups, Each each) const;
   void check_packed(const char* op, const TensorView& q, const TensorView& k, const TensorView& v, const PackedBatch& batch,

@@ -1,4 +1,5 @@
 // Row operations: embedding, gather, scatter, add, convert, norms, swiglu.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -190,6 +191,26 @@ void CpuOps::swiglu_backward(TensorView gate_up, TensorView dy, TensorView dgate
       const float* gate = static_cast<const float*>(gate_up.at(t));
       float* dgate = static_cast<float*>(dgate_up.at(t));
       kernels_.swiglu_backward(gate, gate + n, static_cast<const float*>(dy.at(t)), dgate, dgate + n, n);
+    }
+  });
+}
+
+void CpuOps::swiglu_and_backward(TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y) {
+  check_matrix("swiglu_and_backward", "gate_up", gate_up, -1, -1);
+  check_matrix("swiglu_and_backward", "dy", dy, gate_up.rows, gate_up.cols / 2);
+  check_matrix("swiglu_and_backward", "dgate_up", dgate_up, gate_up.rows, gate_up.cols);
+  check_matrix("swiglu_and_backward", "y", y, gate_up.rows, gate_up.cols / 2);
+  require(gate_up.cols % 2 == 0, "[swiglu_and_backward] gate_up: expected an even number of columns, got ", gate_up.cols);
+  const int64_t n = dy.cols;
+  parallel_rows(dy.rows, n, [&](int64_t begin, int64_t end) {
+    Workspaces::Lease workspace(workspaces_, Workspaces::size_for<float>(n));
+    float* row = workspace.take<float>(n);  // of y, whose place dy may still have
+    for (int64_t t = begin; t < end; ++t) {
+      const float* gate = static_cast<const float*>(gate_up.at(t));
+      float* dgate = static_cast<float*>(dgate_up.at(t));
+      kernels_.swiglu(gate, gate + n, row, n);
+      kernels_.swiglu_backward(gate, gate + n, static_cast<const float*>(dy.at(t)), dgate, dgate + n, n);
+      std::copy_n(row, n, static_cast<float*>(y.at(t)));
     }
   });
 }

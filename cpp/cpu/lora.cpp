@@ -252,23 +252,39 @@ void CpuOps::lora_backward_x(const LoraLinear& linear, const LoraGroups& groups,
   });
 }
 
+// Of what lora_backward_weights or lora_backward was given; x, or dy and s, may be without data.
+void CpuOps::check_gradients(const char* op, const LoraLinear& linear, const LoraGroups& groups, const TensorView& x,
+                             const TensorView& s, const TensorView& dy, const TensorView& ds, bool with_ds) const {
+  const int64_t rows = dy.data || with_ds ? dy.rows : x.rows;
+  if (dy.data || with_ds) {
+    check_matrix(op, "dy", dy, rows, out_columns(linear));
+    check_ranks(op, "s", s, rows, groups.max_rank);
+  }
+  if (x.data) check_matrix(op, "x", x, rows, linear.in);
+  if (x.data || with_ds) check_ranks(op, "ds", ds, rows, groups.max_rank);
+  check_lora(op, linear, groups, rows);
+}
+
+void CpuOps::lora_backward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
+                           TensorView ds) {
+  check_gradients("lora_backward", linear, groups, x, s, dy, ds, true);
+  lora_backward_s(linear, groups, dy, ds);
+  lora_backward_weights(linear, groups, x, s, dy, ds);
+}
+
 // An item owns rows of dB or columns of dA of one part and sums over the group's rows in order.
 void CpuOps::lora_backward_weights(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
                                    TensorView ds) {
-  check_matrix("lora_backward_weights", "x", x, -1, linear.in);
-  check_matrix("lora_backward_weights", "dy", dy, x.rows, out_columns(linear));
-  check_ranks("lora_backward_weights", "s", s, x.rows, groups.max_rank);
-  check_ranks("lora_backward_weights", "ds", ds, x.rows, groups.max_rank);
-  check_lora("lora_backward_weights", linear, groups, x.rows);
+  check_gradients("lora_backward_weights", linear, groups, x, s, dy, ds, false);
   lora_items_.clear();
   constexpr int32_t kForA = kMaxParts;  // added to the part of items that are columns of dA
   for_each_part(linear, groups, [&](const Part& part) {
     if (!part.grad || !part.grad->da || !part.grad->db) return;
     const LoraGroup& group = *part.group;
-    for (int64_t n = 0; n < linear.out[part.index]; n += kWeightRows)
+    for (int64_t n = 0; dy.data && n < linear.out[part.index]; n += kWeightRows)
       lora_items_.push_back({&group, part.index, part.rank_begin, part.out_begin, group.row_begin, group.rows, n,
                              std::min(kWeightRows, linear.out[part.index] - n)});
-    for (int64_t n = 0; n < linear.in; n += kWeightCols)
+    for (int64_t n = 0; x.data && n < linear.in; n += kWeightCols)
       lora_items_.push_back({&group, part.index + kForA, part.rank_begin, part.out_begin, group.row_begin, group.rows, n,
                              std::min(kWeightCols, linear.in - n)});
   });

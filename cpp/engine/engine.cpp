@@ -7,6 +7,7 @@
 #include "core/random.h"
 #include "engine/impl.h"
 #include "engine/memory_plan.h"
+#include "engine/timing.h"
 #include "io/hf_config.h"
 #include "ops/workspace.h"
 
@@ -87,15 +88,19 @@ constexpr int kCountedRank = 16;  // adapters of this rank are what the plan at 
 }  // namespace
 
 Core::Core(std::shared_ptr<Ops> ops_in, std::shared_ptr<const ModelWeights> weights_in, KvCache kv_in, size_t pool_bytes,
-           const PlannerConfig& plan, bool use_graphs)
+           const CostModel& cost_in, PlannerConfig plan, bool use_graphs)
     : ops(std::move(ops_in)),
       weights(std::move(weights_in)),
       model(weights, *ops),
       kv(std::move(kv_in)),
       pool(*ops, pool_bytes),
-      planner(plan),
-      metadata{Blob(ops->device()), Blob(ops->device())},
+      cost(cost_in),
+      planner((plan.cost = &cost, plan)),
+      metadata(ops->device()),
+      micro_metadata(ops->device()),
+      chunk_metadata(ops->device()),
       results(ops->device()),
+      chunk_results(ops->device()),
       graphs(*ops, model, use_graphs) {}
 
 Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options_in, std::shared_ptr<Ops> ops)
@@ -126,10 +131,21 @@ Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options
   limits = {config.vocab_size, config.max_positions, memory.kv_tokens, options.max_batch_tokens, memory.max_train_tokens};
   try {
     if (!weights) weights = place_weights(base, *ops, ops);
+    const ModelShape shape = shape_of(config, ops->compute_dtype());
+    const DeviceRates rates = measure_rates(*ops, *weights);
+    slice_rows = options.slice_rows > 0 ? static_cast<int32_t>(std::min<int64_t>(options.slice_rows, options.max_batch_tokens))
+                 : options.latency      ? slice_rows_for(shape, rates, options.max_batch_tokens)
+                                        : 0;
+    slack_rows = static_cast<int32_t>(slack_of(options));
+    plan.slice_rows = slice_rows;
+    plan.slack_rows = slack_rows;
+    plan.rerun = recompute == Recompute::layer;
+    plan.mlp_share = mlp_share(config);
+    if (options.latency) plan.goal = LatencyGoal{options.latency->ttft_ms * 1e-3, options.latency->tpot_ms * 1e-3};
     KvCache kv = KvCache::make(*ops, config, kv_pages, options.page_size);
     core = std::make_unique<Core>(std::move(ops), std::move(weights), std::move(kv), static_cast<size_t>(memory.adapter_pool_bytes),
-                                  plan, options.cuda_graphs && !lazy);
-    if (!lazy) reserve(most);
+                                  CostModel(shape, rates), plan, options.cuda_graphs && !lazy);
+    if (!lazy) reserve_all(most);
   } catch (const OutOfMemory& error) {
     core.reset();
     throw OutOfMemory(concat(error.what(),
@@ -142,11 +158,12 @@ Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options
   core->stats.kv_pages = kv_pages;
   core->stats.adapter_pool_bytes = memory.adapter_pool_bytes;
   core->stats.training_state_limit = lazy ? -1 : memory.training_state_bytes;
+  if (!options.trace_path.empty()) trace = std::make_unique<Trace>(options.trace_path);
   publish();
 }
 
 // Everything that steps need, by its maxima: from here on a step allocates nothing.
-void Engine::Impl::reserve(const OpsLimits& most) {
+void Engine::Impl::reserve_all(const OpsLimits& most) {
   Core& c = *core;
   Device& device = c.ops->device();
   c.ops->reserve(most);
@@ -154,8 +171,8 @@ void Engine::Impl::reserve(const OpsLimits& most) {
   c.saved_storage = Buffer(device, static_cast<size_t>(memory.saved_bytes));
   const int64_t width = std::min(c.kv.shape.pages, (limits.max_positions + options.page_size - 1) / options.page_size);
   const BatchCounts counts = most_counts(options.max_batch_tokens, options.max_sequences, width, memory.max_train_tokens);
-  for (Blob& blob : c.metadata) blob.reserve(metadata_bytes(counts));
-  c.results.reserve(results_bytes(counts));
+  for (Blob* blob : {&c.metadata, &c.micro_metadata, &c.chunk_metadata}) blob->reserve(metadata_bytes(counts));
+  for (Blob* blob : {&c.results, &c.chunk_results}) blob->reserve(results_bytes(counts));
   c.pool.reserve_tables(table_slots(options), static_cast<size_t>(site_count(c.model.config())) * sizeof(LoraSite));
 }
 
@@ -201,11 +218,14 @@ int64_t Engine::Impl::submit(Request request) {
                      " requests and examples wait (max_queue); step, then submit again");
   const int64_t id = next_id++;
   request.id = request.result.request_id = id;
+  request.submitted = now();
+  if (request.deadline >= 0) request.deadline += request.submitted;
   request.seed = request.sampling.seed.value_or(mix_key(options.seed, static_cast<uint64_t>(id)));
   live.emplace(id, request.adapter);
   ++live_requests;
   if (request.adapter) ++request.adapter->live_requests;
   inbox.push_back(std::move(request));
+  ++arrivals;
   return id;
 }
 
@@ -222,6 +242,7 @@ int64_t Engine::Impl::submit(Job job) {
                      " requests and examples would wait (max_queue); step, then submit again");
   const int64_t id = next_id++;
   job.id = id;
+  job.submitted = now();
   live.emplace(id, job.adapter);
   live_examples += examples;
   job_examples.emplace(id, examples);
@@ -254,6 +275,7 @@ Engine::~Engine() { close(); }
 int64_t Engine::submit_infer(std::vector<int32_t> prompt_ids, InferOptions options) {
   validate_prompt(prompt_ids, impl_->limits);
   validate(options.sampling, impl_->limits.vocab_size);
+  validate(options, impl_->options);
   Request request;
   request.prompt_length = static_cast<int64_t>(prompt_ids.size());
   const Limits& limits = impl_->limits;
@@ -264,6 +286,8 @@ int64_t Engine::submit_infer(std::vector<int32_t> prompt_ids, InferOptions optio
   request.prompt = std::move(prompt_ids);
   request.priority = options.priority;
   request.pin_version = options.pin_version;
+  request.reject_late = options.reject_late;
+  if (options.deadline_ms) request.deadline = *options.deadline_ms * 1e-3;  // from submission
   request.result.adapter = std::move(options.adapter);
   request.sampling = std::move(options.sampling);
   return impl_->submit(std::move(request));
@@ -282,6 +306,7 @@ int64_t Engine::submit_train(const std::string& adapter, std::vector<Example> ex
   }
   job.examples = prepare_training(examples, options, impl_->limits, job.targets);
   job.optimizer = options.optimizer;
+  job.weight = options.weight;
   return impl_->submit(std::move(job));
 }
 
@@ -328,8 +353,23 @@ EngineStats Engine::stats() const {
   return stats;
 }
 
+void Engine::start_trace(const std::filesystem::path& path) {
+  std::lock_guard guard(impl_->step_lock);
+  {
+    std::lock_guard front(impl_->front);
+    impl_->require_usable();
+  }
+  impl_->trace = std::make_unique<Trace>(path.string());
+}
+
+void Engine::stop_trace() {
+  std::lock_guard guard(impl_->step_lock);
+  impl_->trace.reset();
+}
+
 void Engine::close() {
   std::lock_guard step_guard(impl_->step_lock);
+  impl_->trace.reset();
   std::lock_guard guard(impl_->front);
   impl_->closed = true;
   impl_->registry.clear();

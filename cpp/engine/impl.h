@@ -3,10 +3,11 @@
 //   nothing else. step_lock  everything in Core: planner, pool, requests, jobs, device memory. Held for a whole step, and by calls
 //   that touch adapters' weights.
 // Order when both are taken: step_lock, then front. A step is: take in the inbox, plan, pin adapters, upload, forward and heads,
-// backward slices, optimizer, download, commit, publish (step.cpp).
+// slices of training (training.cpp), optimizer, download, commit, publish (step.cpp, observe.cpp).
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <deque>
 #include <functional>
 #include <map>
@@ -22,8 +23,10 @@
 #include "engine/blob.h"
 #include "engine/decode_graph.h"
 #include "engine/fair_mutex.h"
+#include "engine/micro_batch.h"
 #include "engine/records.h"
 #include "engine/step_batch.h"
+#include "engine/trace.h"
 #include "engine/validate.h"
 #include "io/checkpoint.h"
 #include "loquetier/engine.h"
@@ -40,40 +43,34 @@ struct RemoveCommand {
 };
 using Command = std::variant<Request, Job, CancelCommand, RemoveCommand>;
 
-// A micro-batch between its forward and the end of its backward.
-struct MicroBatch {
-  BatchView view;  // its training part
-  Saved saved;
-  int blob = 0;  // which metadata block its arrays lie in
-  int32_t layers_left = 0;
-  std::vector<std::shared_ptr<AdapterWeights>> weights;  // of each training group; may leave the pool between slices
-  std::vector<int64_t> jobs;
-  std::vector<AdapterPtr> drop;  // adapters whose gradients are dropped when it ends (cancelled jobs)
-};
-
 struct Core {
   std::shared_ptr<Ops> ops;  // first: everything below lives in its memory
   std::shared_ptr<const ModelWeights> weights;
   Model model;
   KvCache kv;
   AdapterPool pool;
+  CostModel cost;
   Planner planner;
   AdapterTable adapters;  // until removed and its last request ended
   std::unordered_set<AdapterId> removed;
   RequestTable requests;
   JobTable jobs;
-  Blob metadata[2];
-  Blob results;
+  Blob metadata, micro_metadata, chunk_metadata;  // of a step, of the micro-batch, of a chunk that runs layer by layer
+  Blob results, chunk_results;
   Buffer saved_storage, scratch_storage;  // reserved at start; where memory is the host's, grown when a step needs more
   DecodeGraphs graphs;
   std::optional<MicroBatch> micro;
-  bool committed = false;      // the planner was told that the current plan was computed
-  StepResult events;           // not yet handed out
-  std::vector<int64_t> ended;  // ids of events, to be taken off the live list
+  std::optional<std::pair<Plan, StepBatch>> finished_chunk;  // its losses are in chunk_results
+  std::deque<uint64_t> launched;                             // marks of pieces that the device may not have done yet
+  bool committed = false;                                    // the planner was told that the current plan was computed
+  StepWork work;                                             // that the step did
+  double serving_share = 0;                                  // of its predicted time: rows of requests
+  StepResult events;                                         // not yet handed out
+  std::vector<int64_t> ended;                                // ids of events, to be taken off the live list
   EngineStats stats;
 
-  Core(std::shared_ptr<Ops> ops, std::shared_ptr<const ModelWeights> weights, KvCache kv, size_t pool_bytes,
-       const PlannerConfig& plan, bool graphs);
+  Core(std::shared_ptr<Ops> ops, std::shared_ptr<const ModelWeights> weights, KvCache kv, size_t pool_bytes, const CostModel& cost,
+       PlannerConfig plan, bool graphs);
 };
 
 struct Engine::Impl {
@@ -87,11 +84,15 @@ struct Engine::Impl {
   Limits limits;
   Recompute recompute = Recompute::none;
   MemoryPlan memory;
+  int32_t slice_rows = 0;  // of a piece of training; 0: whole micro-batches
+  int32_t slack_rows = 0;  // rows beside a chunk that Saved has room for
+  std::chrono::steady_clock::time_point epoch = std::chrono::steady_clock::now();
 
   // ---- front
   mutable std::mutex front;
   std::map<std::string, AdapterPtr> registry;
   std::deque<Command> inbox;
+  std::atomic<int64_t> arrivals{0};              // requests in the inbox; read without the lock between pieces of training
   std::unordered_map<int64_t, AdapterPtr> live;  // requests and jobs that have not ended, and their adapter
   int64_t live_requests = 0;
   int64_t live_examples = 0;
@@ -110,9 +111,12 @@ struct Engine::Impl {
   std::unique_ptr<Core> core;
   StepBudget budget;                             // no limit; tests cut backward at random places
   std::function<void(const char* phase)> probe;  // called between phases; tests throw from it
+  std::unique_ptr<Trace> trace;
+  double numbers_published = -1;  // when the numbers that take a while to compute were
+  double last_end = -1;           // of the last step that left work
 
   // memory (engine.cpp)
-  void reserve(const OpsLimits& most);
+  void reserve_all(const OpsLimits& most);
   std::unique_ptr<TrainState> new_train_state(const AdapterRecord& record, const float* master) const;  // step lock held
 
   // submission (engine.cpp)
@@ -146,22 +150,44 @@ struct Engine::Impl {
   void run(const Plan& plan);
   WeightTableOfStep weights_of(const Plan& plan);
   void prefetch();
-  void begin_micro_batch(const Plan& plan, const StepBatch& batch, int blob, const WeightTableOfStep& weights);
-  void refresh_micro_batch();
-  void run_backward(int32_t layers);
-  void end_micro_batch();
-  void collect(const Plan& plan, const StepBatch& batch);
+  void reserve(const Plan& plan, const BatchView& view);
+  void run_forward(const Plan& plan, const StepBatch& batch);
+  void update(const StepBatch& batch);
+  void reject_late();
+  void collect(const Plan& plan, const StepBatch& batch, StepOutcome outcome);
   void collect_losses(const Plan& plan, const StepBatch& batch);
   void collect_tokens(const Plan& plan, const StepBatch& batch);
-  void complete_jobs(const Plan& plan, const StepBatch& batch);
+  void complete_jobs(const std::vector<int64_t>& completed, const StepBatch& batch);
   void recover(const Plan& plan, const std::string& what);
   void finish_request(int64_t id, FinishReason reason, const std::string& error = {});
   void finish_job(int64_t id, const std::string& reason);
+
+  // training in pieces (training.cpp)
+  static constexpr size_t kAhead = 2;
+  bool interrupted() const;
+  bool stop_before_piece();
+  void launched_piece(const char* name, double begin);
+  void begin_micro_batch(const Plan& plan, const WeightTableOfStep& weights);
+  void end_micro_batch();
+  SliceShape slice_shape() const;
+  void run_chunk(const BatchView& view, Arena& scratch);
+  void run_forward_slices(const Plan& plan, const StepContext& context, StepOutcome& outcome);
+  bool run_backward(const Plan& plan, StepOutcome& outcome);
+
+  // times and numbers (observe.cpp)
+  double now() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - epoch).count(); }
+  void note_work(const Plan& plan, const StepOutcome& outcome);
+  void note_rows(const Plan& plan, double begin);
+  void finish_record(Request& request) const;
+  void observe(const Plan& plan, double begin, double planned);
   void publish();
   void mark(const char* phase) const {
     if (probe) probe(phase);
   }
 };
+
+// Grows a block when a step needs more than any before it.
+void ensure(Buffer& buffer, Device& device, size_t bytes);
 
 // For tests: the inside of an engine.
 struct EngineAccess {

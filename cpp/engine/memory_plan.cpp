@@ -42,7 +42,7 @@ AdapterLayout layout_of_rank(const ModelConfig& config, int rank) {
 size_t tables_bytes(const ModelConfig& config, const EngineOptions& options, int64_t kv_pages) {
   const int64_t width = std::min(kv_pages, pages_for(config.max_positions, options.page_size));
   const BatchCounts counts = most_counts(options.max_batch_tokens, options.max_sequences, width, train_tokens(options));
-  return 2 * metadata_bytes(counts) + results_bytes(counts) +
+  return 3 * metadata_bytes(counts) + 2 * results_bytes(counts) +
          AdapterPool::tables_bytes(table_slots(options), static_cast<size_t>(site_count(config)) * sizeof(LoraSite));
 }
 
@@ -54,6 +54,11 @@ int64_t train_tokens(const EngineOptions& options) {
 
 // One more than the largest rank: what graph_rank() may add.
 int64_t stacked_rank(const EngineOptions& options) { return int64_t{kMaxParts} * (options.max_lora_rank + 1); }
+
+int64_t slack_of(const EngineOptions& options) {
+  const int64_t slack = std::max(std::min<int64_t>(options.max_batch_tokens / 8, 1024), options.max_sequences + 64);
+  return std::min(slack, options.max_batch_tokens);
+}
 
 size_t table_slots(const EngineOptions& options) {
   constexpr size_t kLeast = 64;
@@ -97,9 +102,17 @@ MemoryPlan plan_memory(const ModelConfig& config, const EngineOptions& options, 
   plan.budget_bytes = static_cast<int64_t>(options.memory_fraction * static_cast<double>(facts.free_bytes));
   plan.max_train_tokens = train;
   plan.weight_bytes = facts.weights_placed ? 0 : size(weight_bytes(config, facts.dtype));
-  plan.scratch_bytes = size(std::max(Model::scratch_bytes(config, facts.dtype, rows, 0, rows, columns, recompute),
-                                     Model::scratch_bytes(config, facts.dtype, train, train, train, columns, recompute)));
-  plan.saved_bytes = size(Model::saved_bytes(config, facts.dtype, train, train, columns, recompute));
+  // With training in pieces a chunk's rows have others beside them, and a slice's block may be all of the micro-batch's rows.
+  const bool chunked = options.slice_rows > 0 || options.latency;
+  const int64_t kept = train > 0 && chunked ? train + slack_of(options) : train;
+  const auto scratch = [&](int64_t some, int64_t saved_rank) {
+    const SliceShape slices = {.chunked = chunked, .block_rows = train, .saved_rank = saved_rank};
+    return Model::scratch_bytes(config, facts.dtype, some, std::min(train, some), some, columns, recompute, slices);
+  };
+  size_t most = Model::scratch_bytes(config, facts.dtype, rows, 0, rows, columns, recompute);
+  if (train > 0) most = std::max({most, scratch(chunked ? rows : train, columns), scratch(chunked ? rows : train, 0)});
+  plan.scratch_bytes = size(most);
+  plan.saved_bytes = size(Model::saved_bytes(config, facts.dtype, kept, train, columns, recompute, chunked));
   plan.workspace_bytes = size(facts.workspace_bytes);
   const AdapterLayout adapter = layout_of_rank(config, rank);
   plan.rank = rank;

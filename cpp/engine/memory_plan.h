@@ -29,6 +29,7 @@ struct MemoryFacts {
 
 int64_t train_tokens(const EngineOptions& options);  // rows of a step with training rows
 int64_t stacked_rank(const EngineOptions& options);  // columns of S that a step may need
+int64_t slack_of(const EngineOptions& options);      // rows of other kinds beside a chunk of a micro-batch
 size_t table_slots(const EngineOptions& options);    // adapters whose site tables have room from the start
 OpsLimits ops_limits(const ModelConfig& config, const EngineOptions& options);
 size_t weight_bytes(const ModelConfig& config, DType dtype);  // as a device backend places them

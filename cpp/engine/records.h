@@ -52,6 +52,10 @@ struct Request {
   std::vector<int32_t> stop_ids;  // end-of-sequence ids (unless ignored) and stop_token_ids
   std::vector<int32_t> prompt;    // moved to the planner when the request is taken in
   int64_t prompt_length = 0;
+  double submitted = 0;                                      // seconds, as all times here
+  double deadline = -1;                                      // of the first token; < 0: by the engine's target
+  double first_row = -1, first_token = -1, last_token = -1;  // < 0: not yet
+  bool reject_late = false;
   std::shared_ptr<AdapterWeights> pinned;  // from the first step on, with pin_version
   InferResult result;                      // grows as tokens come
 };
@@ -73,6 +77,9 @@ struct Job {
   int64_t targets = 0;
   uint64_t dropout_base = 0;  // key number of example 0
   double loss = 0;
+  double weight = 1;
+  double submitted = 0, first_row = -1;  // seconds; < 0: not yet
+  int64_t steps = 0;
   int64_t version = 0;                       // the rows were computed under
   bool began = false;                        // some row was computed
   std::vector<std::vector<float>> logprobs;  // evaluation: per example, aligned with input_ids

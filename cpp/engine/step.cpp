@@ -1,8 +1,8 @@
-// One step, top to bottom: take in the inbox, plan, pin the adapters, upload, forward and heads, slices of backward, optimizer,
-// download, commit, publish. What a caller learns (events) is written only after the numbers are there; an exception anywhere puts
-// the plan back, ends the training jobs it touched with the reason, and leaves everything else to be planned again.
+// One step, top to bottom: take in the inbox, plan, pin the adapters, upload, forward and heads, pieces of training (training.cpp),
+// optimizer, download, commit, publish (observe.cpp). What a caller learns (events) is written only after the numbers are there; an
+// exception anywhere puts the plan back, ends the training jobs it touched with the reason, and leaves everything else to be
+// planned again.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
 
@@ -21,13 +21,13 @@ struct Finally {
   ~Finally() { undo(); }
 };
 
+}  // namespace
+
 void ensure(Buffer& buffer, Device& device, size_t bytes) {
   if (buffer.bytes() >= bytes) return;
   buffer = Buffer();  // give back first: the two need not fit together
   buffer = Buffer(device, bytes);
 }
-
-}  // namespace
 
 StepResult Engine::Impl::step() {
   require(!stepping.exchange(true), "[step] expected one caller at a time, another thread is inside step()");
@@ -37,14 +37,17 @@ StepResult Engine::Impl::step() {
     std::lock_guard guard(front);
     require_usable();
   }
-  const auto begin = std::chrono::steady_clock::now();
+  const double begin = now();
   try {
     take_in();
   } catch (const DeviceError& error) {
     fail(error);
     throw;
   }
+  reject_late();
+  budget.now = now();
   const Plan plan = core->planner.plan(budget);
+  const double planned = now();
   if (!plan.empty()) {
     try {
       run(plan);
@@ -59,12 +62,10 @@ StepResult Engine::Impl::step() {
       throw;
     }
   } else {
-    core->planner.commit(plan);
+    core->planner.commit(plan, {.now = planned});
   }
-  core->stats.steps += 1;
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  core->stats.step_seconds += seconds;
-  core->stats.host_seconds += seconds - std::exchange(waiting_seconds, 0);
+  observe(plan, begin, planned);
+  core->stats.host_seconds += now() - begin - std::exchange(waiting_seconds, 0);
   StepResult result = std::exchange(core->events, {});
   publish();
   return result;
@@ -82,6 +83,7 @@ void Engine::Impl::take_in() {
   {
     std::lock_guard guard(front);
     commands.swap(inbox);
+    arrivals = 0;
   }
   for (Command& command : commands) {
     std::visit([&](auto& c) { take_in(std::move(c)); }, command);
@@ -97,6 +99,9 @@ void Engine::Impl::take_in(Request&& request) {
   spec.prompt = std::move(request.prompt);
   spec.max_tokens = request.max_new_tokens;
   spec.use_prefix_cache = !request.sampling.prompt_logprobs;
+  spec.arrived = request.submitted;
+  spec.deadline = request.deadline;
+  spec.reject_late = request.reject_late;
   if (request.sampling.prompt_logprobs) {
     request.result.prompt_logprobs.assign(static_cast<size_t>(request.prompt_length), std::numeric_limits<float>::quiet_NaN());
   }
@@ -129,7 +134,12 @@ void Engine::Impl::take_in(Job&& job) {
   spec.adapter = id_of(job.adapter);
   spec.train = job.train;
   spec.barrier = job.optimizer.has_value();
-  for (const PreparedExample& example : job.examples) spec.rows.push_back(static_cast<int32_t>(example.ids.size()));
+  spec.weight = job.weight;
+  if (job.adapter) spec.lowest_layer = static_cast<int32_t>(job.adapter->layout->lowest_layer);
+  for (const PreparedExample& example : job.examples) {
+    spec.rows.push_back(static_cast<int32_t>(example.ids.size()));
+    spec.targets.push_back(static_cast<int32_t>(example.targets.size()));
+  }
   if (job.train) {
     AdapterRecord& a = *job.adapter;
     job.dropout_base = a.dropout_counter;
@@ -193,154 +203,142 @@ WeightTableOfStep Engine::Impl::weights_of(const Plan& plan) {
 void Engine::Impl::run(const Plan& plan) {
   Core& c = *core;
   c.committed = false;
-  Device& device = c.ops->device();
+  c.finished_chunk.reset();
+  c.launched.clear();
   const WeightTableOfStep weights = weights_of(plan);
   std::vector<std::shared_ptr<AdapterWeights>> pinned;
   for (const auto& [use, w] : weights) pinned.push_back(w);
   c.pool.pin(pinned);
   Finally unpin([&] { c.pool.unpin(pinned); });
 
-  const int blob = c.micro ? 1 - c.micro->blob : 0;
+  if (!plan.micro_batch.empty()) begin_micro_batch(plan, weights);
+  note_rows(plan, budget.now);
   const int32_t graph_rows =
       c.graphs.enabled() ? static_cast<int32_t>(std::min<int64_t>(kMostDecodeRows, options.max_batch_tokens)) : 0;
-  const StepContext context{c.model.config(),      c.planner, c.adapters, c.requests, c.jobs, weights, options.page_size,
-                            options.max_lora_rank, graph_rows};
-  StepBatch batch = build_step(plan, context, c.metadata[blob], c.results);
-  if (c.micro && plan.backward_layers > 0) refresh_micro_batch();
+  const StepContext context{
+      c.model.config(),      c.planner, c.adapters, c.requests, c.jobs, weights, options.page_size, c.micro ? &*c.micro : nullptr,
+      options.max_lora_rank, graph_rows};
+  // A chunk that runs layer by layer has a batch of its own.
+  Plan beside;
+  const bool apart = plan.forward_slices > 0 && !plan.resumes;
+  if (apart) beside.completed_jobs = plan.completed_jobs;
+  const Plan& batch_plan = apart ? beside : plan;
+  StepBatch batch = build_step(batch_plan, context, c.metadata, c.results);
   mark("planned");
-  const BatchView& view = batch.view;
-  size_t scratch_bytes = c.model.scratch_bytes(view.rows, view.train_rows, view.head_count, view.groups.max_rank, recompute);
-  if (c.micro)
-    scratch_bytes = std::max(scratch_bytes, c.model.scratch_bytes(0, c.micro->saved.train_rows, 0, c.micro->saved.rank, recompute));
-  ensure(c.scratch_storage, device, scratch_bytes);
-  if (view.train_rows > 0)
-    ensure(c.saved_storage, device, c.model.saved_bytes(view.rows, view.train_rows, view.groups.max_rank, recompute));
-  c.metadata[blob].upload();
+  reserve(plan, batch.view);
+  if (c.micro) refresh_micro_batch(*c.micro, c.micro_metadata);
+  c.metadata.upload();
   mark("uploaded");
   using Clock = std::chrono::steady_clock;
-  const bool computes = device.host_addressable();  // then the calls below return when the work is done
+  const bool computes = c.ops->device().host_addressable();  // then the calls below return when the work is done
   auto waited = Clock::now();
 
-  if (view.rows > 0) {
-    Arena scratch(c.scratch_storage.data(), c.scratch_storage.bytes());
-    Arena saved(c.saved_storage.data(), c.saved_storage.bytes());
-    if (view.train_rows > 0) begin_micro_batch(plan, batch, blob, weights);
-    if (batch.decode) {
-      c.graphs.run(view, *batch.decode, c.kv, scratch);
-      c.model.decode_heads(view, scratch);
-    } else c.model.forward(view, c.kv, view.train_rows > 0 ? &c.micro->saved : nullptr, saved, scratch, recompute);
-    c.stats.arena_peak = std::max(c.stats.arena_peak, static_cast<int64_t>(saved.peak() + scratch.peak()));
-  }
+  const double forward_begin = now();
+  if (batch.view.rows > 0) run_forward(plan, batch);
+  if (trace && batch.view.rows > 0) trace->event("forward", forward_begin, now(), {{"rows", double(batch.view.rows)}});
+  StepOutcome outcome;
+  if (plan.forward_slices > 0) run_forward_slices(plan, context, outcome);
   mark("forward");
-  run_backward(plan.backward_layers);
+  const bool ended = run_backward(plan, outcome);
   mark("backward");
-  if (batch.updates.job_count > 0) {
-    c.ops->grad_norm(batch.updates, batch.norms.device);
-    for (int64_t id : batch.update_jobs) {
-      // Requests that pinned the version about to be overwritten keep a copy of it.
-      AdapterRecord& a = *c.jobs.at(id).adapter;
-      std::shared_ptr<AdapterWeights> old;
-      for (auto& [request_id, request] : c.requests) {
-        if (request.pinned != a.weights) continue;
-        if (!old) old = c.pool.copy(a.weights, a.weights->version());
-        request.pinned = old;
-      }
-    }
-    c.ops->adamw(batch.updates, batch.norms.device);
-  }
+  if (ended && batch.updates.job_count > 0) update(batch);
   mark("optimizer");
   prefetch();
   if (!computes) waited = Clock::now();
   c.results.download();
-  waiting_seconds = std::chrono::duration<double>(Clock::now() - waited).count();
+  if (c.finished_chunk) c.chunk_results.download();
+  if (batch.view.head_count == 0 && batch.updates.job_count == 0) c.ops->device().synchronize();  // nothing else waited
+  waiting_seconds += std::chrono::duration<double>(Clock::now() - waited).count();
   mark("downloaded");
-  collect(plan, batch);
+  collect(plan, batch, outcome);
 }
 
 // Fetches adapters that the next steps will want while this one computes.
 void Engine::Impl::prefetch() {
-  constexpr size_t kAhead = 4;
+  constexpr size_t kAdapters = 4;
   Core& c = *core;
   std::vector<std::shared_ptr<AdapterWeights>> next;
-  for (const AdapterUse& use : c.planner.upcoming_adapters(kAhead)) {
+  for (const AdapterUse& use : c.planner.upcoming_adapters(kAdapters)) {
     const auto& newest = c.adapters.at(use.adapter)->weights;
     if (newest->version() == use.version) next.push_back(newest);
   }
   if (!next.empty()) c.pool.prefetch(next);
 }
 
-void Engine::Impl::begin_micro_batch(const Plan& plan, const StepBatch& batch, int blob, const WeightTableOfStep& weights) {
-  MicroBatch micro;
-  micro.view = batch.view;
-  micro.blob = blob;
-  micro.layers_left = static_cast<int32_t>(core->model.config().num_layers);
-  for (const Segment& s : plan.segments) {
-    if (s.kind != Kind::train) continue;
-    if (micro.weights.size() < static_cast<size_t>(micro.view.train_groups.count) &&
-        s.row_begin == micro.view.train_groups.host_groups[micro.weights.size()].row_begin) {
-      micro.weights.push_back(weights.at({s.adapter, s.version}));
-    }
-    if (std::ranges::find(micro.jobs, s.id) == micro.jobs.end()) micro.jobs.push_back(s.id);
-    core->jobs.at(s.id).began = true;
-    core->adapters.at(s.adapter)->train->has_gradients = true;
+// Memory of the step: what its batch, the slices behind it, and a micro-batch that begins need.
+void Engine::Impl::reserve(const Plan& plan, const BatchView& view) {
+  Core& c = *core;
+  Device& device = c.ops->device();
+  const SliceShape shape = slice_shape();
+  size_t scratch = c.model.scratch_bytes(view.rows, view.train_rows, view.head_count, view.groups.max_rank, recompute, shape);
+  if (c.micro) {
+    const int64_t rank = plan.micro_batch.empty() ? c.micro->saved.rank : std::max(c.micro->rank, view.groups.max_rank);
+    scratch = std::max(scratch, c.model.scratch_bytes(0, c.micro->view.train_rows, 0, rank, recompute, shape));
   }
-  core->micro = std::move(micro);
+  ensure(c.scratch_storage, device, scratch);
+  if (plan.micro_batch.empty()) return;
+  MicroBatch& micro = *c.micro;
+  const int64_t rows = shape.chunked ? micro.view.train_rows + slack_rows : view.rows;
+  const int64_t rank = shape.chunked ? micro.rank : view.groups.max_rank;
+  ensure(c.saved_storage, device, c.model.saved_bytes(rows, micro.view.train_rows, rank, recompute, shape.chunked));
+  if (!shape.chunked) return;
+  Arena saved(c.saved_storage.data(), c.saved_storage.bytes());
+  micro.saved = c.model.reserve(saved, rows, micro.view.train_rows, rank, recompute);
+  c.stats.arena_peak = std::max(c.stats.arena_peak, static_cast<int64_t>(saved.peak()));
 }
 
-// Between two slices of backward the adapters may have left the pool and come back elsewhere.
-void Engine::Impl::refresh_micro_batch() {
-  MicroBatch& micro = *core->micro;
-  // The host copy of the groups lies in this engine's own block, which is const only for those who read the batch.
-  auto* groups = const_cast<LoraGroup*>(micro.view.train_groups.host_groups);
-  bool moved = false;
-  for (size_t g = 0; g < micro.weights.size(); ++g) {
-    moved |= groups[g].sites != micro.weights[g]->device_sites();
-    groups[g].sites = micro.weights[g]->device_sites();
-    groups[g].host_sites = micro.weights[g]->host_sites();
+void Engine::Impl::run_forward(const Plan& plan, const StepBatch& batch) {
+  Core& c = *core;
+  const BatchView& view = batch.view;
+  Arena scratch(c.scratch_storage.data(), c.scratch_storage.bytes());
+  Arena saved(c.saved_storage.data(), c.saved_storage.bytes());
+  if (view.train_rows > 0 && slice_rows > 0) {
+    run_chunk(view, scratch);
+  } else if (batch.decode) {
+    c.graphs.run(view, *batch.decode, c.kv, scratch);
+    c.model.decode_heads(view, scratch);
+  } else {
+    c.model.forward(view, c.kv, view.train_rows > 0 ? &c.micro->saved : nullptr, saved, scratch, recompute);
   }
-  if (moved) core->metadata[micro.blob].upload();
+  if (view.train_rows > 0) c.micro->forwarded += plan.rows[0];
+  c.stats.arena_peak = std::max(c.stats.arena_peak, static_cast<int64_t>(saved.peak() + scratch.peak()));
 }
 
-void Engine::Impl::run_backward(int32_t layers) {
-  for (; layers > 0 && core->micro; --layers) {
-    MicroBatch& micro = *core->micro;
-    const int64_t layer = --micro.layers_left;
-    if (layer >= micro.view.lowest_layer) {
-      Arena scratch(core->scratch_storage.data(), core->scratch_storage.bytes());
-      core->model.backward_layer(micro.view, micro.saved, layer, scratch);
-      core->stats.arena_peak = std::max(core->stats.arena_peak, static_cast<int64_t>(scratch.peak()));
-      mark("backward layer");
-    }
-    if (micro.layers_left == 0) {
-      end_micro_batch();
-      return;
+void Engine::Impl::update(const StepBatch& batch) {
+  Core& c = *core;
+  c.ops->grad_norm(batch.updates, batch.norms.device);
+  for (int64_t id : batch.update_jobs) {
+    // Requests that pinned the version about to be overwritten keep a copy of it.
+    AdapterRecord& a = *c.jobs.at(id).adapter;
+    std::shared_ptr<AdapterWeights> old;
+    for (auto& [request_id, request] : c.requests) {
+      if (request.pinned != a.weights) continue;
+      if (!old) old = c.pool.copy(a.weights, a.weights->version());
+      request.pinned = old;
     }
   }
-}
-
-void Engine::Impl::end_micro_batch() {
-  MicroBatch micro = *std::exchange(core->micro, std::nullopt);
-  for (const AdapterPtr& adapter : micro.drop) {
-    if (adapter->train) adapter->train->drop_gradients();
-    forget_if_unused(adapter);
-  }
+  c.ops->adamw(batch.updates, batch.norms.device);
 }
 
 // ---------------------------------------------------------------- results
 
-void Engine::Impl::collect(const Plan& plan, const StepBatch& batch) {
+void Engine::Impl::collect(const Plan& plan, const StepBatch& batch, StepOutcome outcome) {
   Core& c = *core;
-  c.planner.commit(plan);
+  note_work(plan, outcome);
+  outcome.now = now();
+  const std::vector<int64_t> completed = c.planner.commit(plan, outcome);
   c.committed = true;
   c.stats.train_tokens += plan.rows[0];
   c.stats.eval_tokens += plan.rows[1];
   c.stats.prefill_tokens += plan.rows[2];
   c.stats.decode_tokens += plan.rows[3];
   for (const Segment& s : plan.segments) {
-    if (s.kind == Kind::train || s.kind == Kind::eval) c.jobs.at(s.id).version = s.version;
+    if (s.kind != Kind::train && s.kind != Kind::eval) continue;
+    if (const auto job = c.jobs.find(s.id); job != c.jobs.end()) job->second.version = s.version;
   }
   collect_losses(plan, batch);
-  complete_jobs(plan, batch);
+  if (c.finished_chunk) collect_losses(c.finished_chunk->first, c.finished_chunk->second);
+  complete_jobs(completed, batch);
   collect_tokens(plan, batch);
 }
 
@@ -353,7 +351,9 @@ void Engine::Impl::collect_losses(const Plan& plan, const StepBatch& batch) {
       core->requests.at(s.id).result.prompt_logprobs[static_cast<size_t>(ref.index)] = logprob;
       continue;
     }
-    Job& job = core->jobs.at(s.id);
+    const auto found = core->jobs.find(s.id);
+    if (found == core->jobs.end()) continue;  // cancelled while its micro-batch was under way
+    Job& job = found->second;
     job.loss += batch.loss.host[h];
     if (job.train) continue;
     const int32_t row = job.examples[static_cast<size_t>(s.example)].target_rows[static_cast<size_t>(ref.index)];
@@ -361,9 +361,9 @@ void Engine::Impl::collect_losses(const Plan& plan, const StepBatch& batch) {
   }
 }
 
-void Engine::Impl::complete_jobs(const Plan& plan, const StepBatch& batch) {
+void Engine::Impl::complete_jobs(const std::vector<int64_t>& completed, const StepBatch& batch) {
   Core& c = *core;
-  for (int64_t id : plan.completed_jobs) {
+  for (int64_t id : completed) {
     Job& job = c.jobs.at(id);
     if (!job.train) {
       c.events.evaluated.push_back({id, name_of(job.adapter), job.version, job.loss, job.targets, std::move(job.logprobs), {}});
@@ -388,6 +388,9 @@ void Engine::Impl::complete_jobs(const Plan& plan, const StepBatch& batch) {
           c.stats.skipped_updates += 1;
         }
       }
+      result.queue_seconds = job.first_row - job.submitted;
+      result.seconds = now() - job.submitted;
+      result.steps = job.steps;
       c.events.trained.push_back(std::move(result));
     }
     c.ended.push_back(id);
@@ -417,6 +420,8 @@ void Engine::Impl::collect_tokens(const Plan& plan, const StepBatch& batch) {
       event.top_logprobs.push_back(
           {batch.top_ids.host[row + static_cast<size_t>(n)], batch.top_logprobs.host[row + static_cast<size_t>(n)]});
     }
+    r.last_token = now();
+    if (r.first_token < 0) r.first_token = r.last_token;
     r.result.token_ids.push_back(event.token_id);
     r.result.logprobs.push_back(event.logprob);
     const bool stop = std::ranges::find(r.stop_ids, event.token_id) != r.stop_ids.end();
@@ -432,11 +437,24 @@ void Engine::Impl::collect_tokens(const Plan& plan, const StepBatch& batch) {
 
 // ---------------------------------------------------------------- endings
 
+void Engine::Impl::reject_late() {
+  const double when = now();
+  for (const int64_t id : core->planner.late(when)) {
+    const Request& r = core->requests.at(id);
+    const double wanted = r.deadline >= 0 ? r.deadline : r.submitted + options.latency->ttft_ms * 1e-3;
+    core->stats.rejected_requests += 1;
+    finish_request(id, FinishReason::rejected,
+                   concat("the first token was wanted within ", (wanted - r.submitted) * 1e3, " ms of submission; after ",
+                          (when - r.submitted) * 1e3, " ms it could not come in time"));
+  }
+}
+
 void Engine::Impl::finish_request(int64_t id, FinishReason reason, const std::string& error) {
   Core& c = *core;
   auto node = c.requests.extract(id);
   Request& r = node.mapped();
   c.planner.finish(id);
+  finish_record(r);
   r.result.finish_reason = reason;
   r.result.error = error;
   c.events.finished.push_back(std::move(r.result));
@@ -457,8 +475,12 @@ void Engine::Impl::finish_job(int64_t id, const std::string& reason) {
       if (in_flight) c.micro->drop.push_back(job.adapter);
       else job.adapter->train->drop_gradients();
     }
-    c.events.trained.push_back(
-        {id, name_of(job.adapter), version, job.loss, job.targets, std::numeric_limits<double>::quiet_NaN(), false, reason});
+    TrainResult result{id,    name_of(job.adapter), version, job.loss, job.targets, std::numeric_limits<double>::quiet_NaN(), false,
+                       reason};
+    result.seconds = now() - job.submitted;
+    result.queue_seconds = job.first_row < 0 ? result.seconds : job.first_row - job.submitted;
+    result.steps = job.steps;
+    c.events.trained.push_back(std::move(result));
   } else {
     c.events.evaluated.push_back(
         {id, name_of(job.adapter), version, std::numeric_limits<double>::quiet_NaN(), job.targets, {}, reason});
@@ -476,6 +498,7 @@ void Engine::Impl::recover(const Plan& plan, const std::string& what) {
   for (const Segment& s : plan.segments) {
     if (s.kind == Kind::train || s.kind == Kind::eval) jobs.push_back(s.id);
   }
+  c.finished_chunk.reset();
   if (c.micro) jobs.insert(jobs.end(), c.micro->jobs.begin(), c.micro->jobs.end());
   std::ranges::sort(jobs);
   jobs.erase(std::unique(jobs.begin(), jobs.end()), jobs.end());
@@ -486,50 +509,6 @@ void Engine::Impl::recover(const Plan& plan, const std::string& what) {
   for (int64_t id : jobs) {
     if (c.jobs.contains(id)) finish_job(id, "error: " + what);
   }
-}
-
-void Engine::Impl::publish() {
-  Core& c = *core;
-  const PlannerStats planner = c.planner.stats();
-  EngineStats& s = c.stats;
-  s.running_requests = planner.running;
-  s.preemptions = planner.preemptions;
-  s.cached_prompt_tokens = planner.cached_tokens;
-  s.kv_pages_free = planner.pages_free;
-  s.kv_pages_cached = planner.pages_cached;
-  s.resident_adapters = c.pool.resident_count();
-  s.adapter_evictions = c.pool.evictions();
-  s.adapter_fetches = c.pool.fetches();
-  s.adapter_prefetches = c.pool.prefetches();
-  s.adapter_pool_used = static_cast<int64_t>(c.pool.used());
-  s.graph_captures = c.graphs.counts().captures;
-  s.graph_replays = c.graphs.counts().replays;
-  s.graphs = c.graphs.counts().kept;
-  s.graph_seconds = c.graphs.counts().capture_seconds;
-  s.saved_bytes = static_cast<int64_t>(c.saved_storage.bytes());
-  s.scratch_bytes = static_cast<int64_t>(c.scratch_storage.bytes());
-  s.metadata_bytes = static_cast<int64_t>(c.metadata[0].device_bytes() + c.metadata[1].device_bytes() + c.results.device_bytes() +
-                                          c.pool.tables_bytes());
-  s.workspace_bytes = static_cast<int64_t>(c.ops->workspace_bytes());
-  s.arena_bytes = s.saved_bytes + s.scratch_bytes;
-  std::lock_guard guard(front);
-  published = s;
-  const StepResult& e = c.events;
-  undelivered = !(e.tokens.empty() && e.finished.empty() && e.trained.empty() && e.evaluated.empty());
-  for (int64_t id : c.ended) {
-    auto entry = live.extract(id);
-    if (entry.empty()) continue;
-    const AdapterPtr& adapter = entry.mapped();
-    if (const auto job = job_examples.find(id); job != job_examples.end()) {
-      live_examples -= job->second;
-      if (adapter) --adapter->live_jobs;
-      job_examples.erase(job);
-    } else {
-      --live_requests;
-      if (adapter) --adapter->live_requests;
-    }
-  }
-  c.ended.clear();
 }
 
 }  // namespace loquetier

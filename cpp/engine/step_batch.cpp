@@ -48,6 +48,7 @@ class Builder {
     view().rows = static_cast<int64_t>(n.rows);
     view().train_rows = plan_.rows[0];
     view().packed_rows = plan_.rows[0] + plan_.rows[1];
+    view().saved_row = plan_.rows[0] > 0 ? plan_.micro_row : 0;
     pack_rows(in);
     pack_packed(in);
     pack_paged(in);
@@ -62,20 +63,19 @@ class Builder {
  private:
   BatchView& view() { return step_.view; }
   const Job& job(const Segment& s) const { return context_.jobs.at(s.id); }
+  const MicroExampleData& trained(const Segment& s) const { return context_.micro->find(s.id, s.example); }
+  const PreparedExample& example(const Segment& s) const {
+    return s.kind == Kind::train ? trained(s).data : job(s).examples[static_cast<size_t>(s.example)];
+  }
   // Of a segment with pages: looked up once.
   struct Served {
     const Request* request = nullptr;
     std::span<const int32_t> tokens, pages;
   };
-  const PreparedExample& example(const Segment& s) const { return job(s).examples[static_cast<size_t>(s.example)]; }
   const AdapterLayout& layout(const Segment& s) const { return *context_.adapters.at(s.adapter)->layout; }
   static bool packed(const Segment& s) { return s.kind == Kind::train || s.kind == Kind::eval; }
 
-  uint64_t row_key(const Segment& s, int32_t row) const {
-    const Job& j = job(s);
-    const uint64_t example_key = mix_key(j.adapter->config.seed, j.dropout_base + static_cast<uint64_t>(s.example));
-    return mix_key(example_key, static_cast<uint64_t>(s.position + row));
-  }
+  uint64_t row_key(const Segment& s, int32_t row) const { return mix_key(trained(s).key, static_cast<uint64_t>(s.position + row)); }
 
   // ---- heads
 
@@ -86,7 +86,8 @@ class Builder {
         if (s.kind != kind) continue;
         const PreparedExample& e = example(s);
         for (size_t t = 0; t < e.targets.size(); ++t) {
-          add_head(i, static_cast<int32_t>(t), s.row_begin + e.target_rows[t], e.targets[t]);
+          const int32_t row = e.target_rows[t] - s.position;  // of the segment, which may be a chunk of the example
+          if (row >= 0 && row < s.rows) add_head(i, static_cast<int32_t>(t), s.row_begin + row, e.targets[t]);
         }
       }
       if (kind == Kind::train) heads_.train = static_cast<int32_t>(heads_.refs.size());
@@ -219,26 +220,29 @@ class Builder {
     view().kv_slots = slots.device;
   }
 
+  // Keys and values of a chunk's examples lie in Saved, where the rows of their earlier chunks are just before.
   void pack_packed(Blob& in) {
-    std::vector<int32_t> begin, rows;
+    std::vector<int32_t> begin, rows, kv_begin, kv_rows;
+    PackedBatch& p = view().packed;
     for (const Segment& s : plan_.segments) {
       if (!packed(s)) continue;
       begin.push_back(s.row_begin);
       rows.push_back(s.rows);
+      kv_begin.push_back(static_cast<int32_t>(view().saved_row) + s.row_begin - s.position);
+      kv_rows.push_back(s.position + s.rows);
+      p.max_rows = std::max(p.max_rows, kv_rows.back());
     }
+    p.sequences = static_cast<int32_t>(begin.size());
     const auto b = in.put(begin.data(), begin.size()), r = in.put(rows.data(), rows.size());
-    auto batch = [&](int32_t sequences) {
-      PackedBatch p;
-      p.sequences = sequences;
-      for (int32_t i = 0; i < sequences; ++i) p.max_rows = std::max(p.max_rows, rows[static_cast<size_t>(i)]);
-      p.q_begin = p.kv_begin = b.device;
-      p.q_rows = p.kv_rows = r.device;
-      p.host_q_begin = p.host_kv_begin = b.host;
-      p.host_q_rows = p.host_kv_rows = r.host;
-      return p;
-    };
-    view().packed = batch(static_cast<int32_t>(begin.size()));
-    view().train_packed = batch(count_[0]);
+    const auto kb = in.put(kv_begin.data(), kv_begin.size()), kr = in.put(kv_rows.data(), kv_rows.size());
+    p.q_begin = b.device;
+    p.q_rows = r.device;
+    p.kv_begin = kb.device;
+    p.kv_rows = kr.device;
+    p.host_q_begin = b.host;
+    p.host_q_rows = r.host;
+    p.host_kv_begin = kb.host;
+    p.host_kv_rows = kr.host;
   }
 
   void pack_paged(Blob& in) {
@@ -371,10 +375,6 @@ class Builder {
       row_keys = keys.device;
     }
     view().groups = put_groups(in, groups_, row_keys);
-    // Training segments come first, and a group never holds rows of both kinds: the training groups are the first of all groups.
-    LoraGroups& train = view().train_groups = view().groups;
-    train.count = 0;
-    while (train.count < view().groups.count && train.host_groups[train.count].row_begin < view().train_rows) ++train.count;
   }
 
   void pack_heads(Blob& in) {
@@ -471,7 +471,7 @@ class Builder {
 size_t metadata_bytes(const BatchCounts& n) {
   const size_t chunks = n.heads / static_cast<size_t>(kHeadChunk) + 4;
   size_t bytes = n.rows * (3 * sizeof(int32_t) + sizeof(uint64_t));
-  bytes += n.segments * (12 * sizeof(int32_t) + 3 * sizeof(LoraGroup)) + n.paged * n.pages * sizeof(int32_t);
+  bytes += n.segments * (16 * sizeof(int32_t) + 3 * sizeof(LoraGroup)) + n.paged * n.pages * sizeof(int32_t);
   bytes += (n.segments + chunks) * sizeof(LoraGroup) + n.samples * sizeof(SampleRow);
   bytes += n.heads * (sizeof(int32_t) + sizeof(LossRow) + sizeof(uint64_t)) + n.words * sizeof(int32_t);
   bytes += n.adam_tensors * sizeof(AdamTensor) + n.adam_jobs * sizeof(AdamJob);

@@ -9,6 +9,7 @@
 
 #include "engine/blob.h"
 #include "engine/decode_graph.h"
+#include "engine/micro_batch.h"
 #include "engine/records.h"
 #include "model/model.h"
 #include "plan/planner.h"
@@ -28,8 +29,9 @@ struct StepContext {
   const JobTable& jobs;
   const WeightTableOfStep& weights;  // of every plan.adapters entry, resident
   int32_t page_size = 0;
-  int32_t max_rank = 0;         // of one projection
-  int32_t most_graph_rows = 0;  // steps of decodes alone up to this bucket are laid out for a graph; 0: none
+  const MicroBatch* micro = nullptr;  // of training segments
+  int32_t max_rank = 0;               // of one projection
+  int32_t most_graph_rows = 0;        // steps of decodes alone up to this bucket are laid out for a graph; 0: none
 };
 
 // Which segment a head row belongs to, and which of its targets (train, eval) or prompt positions (prefill).

@@ -113,6 +113,19 @@ void validate(const EngineOptions& o) {
           o.recompute, "\"");
   require(o.dtype == "auto" || o.dtype == "f32" || o.dtype == "bf16" || o.dtype == "f16",
           "[engine] dtype: expected \"auto\", \"f32\", \"bf16\" or \"f16\", got \"", o.dtype, "\"");
+  require(o.slice_rows >= 0, "[engine] slice_rows: expected >= 0, got ", o.slice_rows);
+  if (!o.latency) return;
+  for (const auto& [field, ms] : {std::pair("ttft_ms", o.latency->ttft_ms), std::pair("tpot_ms", o.latency->tpot_ms)}) {
+    require(std::isfinite(ms) && ms > 0, "[engine] latency ", field, ": expected a finite number of milliseconds > 0, got ", ms);
+  }
+}
+
+void validate(const InferOptions& i, const EngineOptions& options) {
+  const double deadline = i.deadline_ms.value_or(1);
+  require(std::isfinite(deadline) && deadline > 0, "[submit_infer] deadline_ms: expected a finite number of milliseconds > 0, got ",
+          deadline);
+  require(!i.reject_late || i.deadline_ms || options.latency,
+          "[submit_infer] reject_late: expected deadline_ms beside it, or an engine with a latency target");
 }
 
 void validate(const SamplingParams& s, int64_t vocab_size) {
@@ -170,6 +183,8 @@ std::vector<PreparedExample> prepare_training(const std::vector<Example>& exampl
   require(options.clip_low >= 0 && options.clip_low <= 1, "[submit_train] clip_low: expected in [0, 1], got ", options.clip_low);
   require(std::isfinite(options.clip_high) && options.clip_high >= 0, "[submit_train] clip_high: expected >= 0, got ",
           options.clip_high);
+  require(std::isfinite(options.weight) && options.weight > 0, "[submit_train] weight: expected a finite number > 0, got ",
+          options.weight);
   if (options.optimizer) validate(*options.optimizer);
   const bool policy = kind == LossKind::importance_sampling || kind == LossKind::ppo;
   for (size_t i = 0; policy && i < examples.size(); ++i) {

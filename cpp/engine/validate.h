@@ -19,6 +19,7 @@ struct Limits {
 };
 
 void validate(const EngineOptions& options);
+void validate(const InferOptions& infer, const EngineOptions& options);  // all but sampling
 void validate(const SamplingParams& sampling, int64_t vocab_size);
 void validate(const AdamW& optimizer);
 void validate_prompt(const std::vector<int32_t>& prompt, const Limits& limits);

@@ -2,8 +2,13 @@
 // exist.
 //
 // saved.dx carries the gradient of the residual stream; every branch adds to it (rms_norm_backward adds, the residual passes
-// through). Where a buffer's old content is dead its gradient takes its place: the swiglu output, a norm's output and gate_up are
-// each overwritten by their own gradient, after the LoRA weight gradients have read them.
+// through). Where a buffer's old content is dead its gradient takes its place: a norm's output and gate_up are each overwritten by
+// their own gradient, after the LoRA weight gradients have read them. The swiglu output is not there until its gradient is.
+//
+// A layer runs in parts, each over a block of rows (cut_layer() in plan/slices.h): all of them at once over all rows
+// (backward_layer), or one at a time (backward_slice), with BackwardState between them.
+#include <stdexcept>
+
 #include "model/layer.h"
 
 namespace loquetier {
@@ -30,91 +35,151 @@ bool trains_site(const LoraGroups& groups, int32_t site) {
 namespace {
 
 // dA, dB += of one fused linear, then dx unless it is empty. x, the linear's input, may share memory with dx: it is read first.
+// Without x, dA is left to the caller, from ds.
 void linear_backward(Ops& ops, const LinearWeights& weights, const LoraLinear& lora, const LoraGroups& groups, bool trained,
                      TensorView x, TensorView s, TensorView dy, TensorView ds, TensorView dx) {
-  if (trained) {
-    ops.lora_backward_s(lora, groups, dy, ds);
-    ops.lora_backward_weights(lora, groups, x, s, dy, ds);
-  }
+  if (trained) ops.lora_backward(lora, groups, x, s, dy, ds);
   if (dx.empty()) return;
+  if (trained && weights.size() == 1) {
+    ops.linear_lora_backward(dy, weights[0].w, lora, groups, ds, dx);
+    return;
+  }
   base_linear_backward(ops, weights, dy, dx);
   if (trained) ops.lora_backward_x(lora, groups, ds, dx);
 }
 
 }  // namespace
 
-void Model::backward_layer(const BatchView& batch, const Saved& saved, int64_t layer, Arena& scratch) const {
+// What all parts of one layer's backward share.
+struct Model::BackwardLayer {
+  const LayerWeights& weights;
+  const BatchView& batch;
+  const Saved& saved;
+  int64_t layer = 0;
+  bool recompute = false;
+  // Gradients go down only as far as something below is trained, in whichever rows.
+  bool below_down = false, below_gate_up = false, below_o = false, below_qkv = false;
+};
+
+Model::BackwardLayer Model::layer_of(const BatchView& batch, const Saved& saved, int64_t layer) const {
   const ModelConfig& config = weights_->config;
   require(batch.lowest_layer <= layer && layer < config.num_layers, "[backward] layer: expected ", batch.lowest_layer, " .. ",
           config.num_layers - 1, ", got ", layer);
   require(saved.train_rows == batch.train_rows, "[backward] saved: expected ", batch.train_rows, " training rows, got ",
           saved.train_rows);
-  const int64_t n = batch.train_rows;
-  if (n == 0) return;
+  const auto trained = [&](Site site) { return trains_site(batch.train_groups, site_of(layer, site)); };
+  BackwardLayer of = {weights_->table.layers[static_cast<size_t>(layer)], batch, saved, layer, saved.recompute == Recompute::layer};
+  of.below_qkv = layer > batch.lowest_layer;
+  of.below_o = of.below_qkv || trained(Site::qkv);
+  of.below_gate_up = of.below_o || trained(Site::o);
+  of.below_down = of.below_gate_up || trained(Site::gate_up);
+  return of;
+}
 
-  const LayerWeights& weights = weights_->table.layers[static_cast<size_t>(layer)];
-  const LoraGroups& groups = batch.train_groups;
+void Model::backward_layer(const BatchView& batch, const Saved& saved, int64_t layer, Arena& scratch) const {
+  const BackwardLayer of = layer_of(batch, saved, layer);
+  if (batch.train_rows == 0) return;
+  const size_t mark = scratch.mark();
+  const BackwardScratch work =
+      BackwardScratch::carve(scratch, weights_->config, ops_.compute_dtype(), batch.train_rows, saved.rank, saved.recompute, true);
+  const BackwardBlock all = {0, batch.train_rows, batch.train_groups, batch.train_packed};
+  for (const BackwardPart part : {BackwardPart::rerun, BackwardPart::mlp, BackwardPart::attention, BackwardPart::qkv}) {
+    backward_part(of, part, all, work.state, work);
+  }
+  scratch.rewind(mark);
+}
+
+void Model::backward_slice(const BatchView& batch, const Saved& saved, int64_t layer, BackwardPart part, const BackwardBlock& block,
+                           Arena& scratch) const {
+  const BackwardLayer of = layer_of(batch, saved, layer);
+  require(saved.chunked && part != BackwardPart::whole,
+          "[backward] slice: expected a part of a layer of a Saved that reserve() made");
+  require(block.row_begin >= 0 && block.rows >= 0 && block.row_begin + block.rows <= batch.train_rows,
+          "[backward] block: expected rows inside ", batch.train_rows, ", got ", block.row_begin, " + ", block.rows);
+  if (block.rows == 0) return;
+  const size_t mark = scratch.mark();
+  const BackwardScratch work =
+      BackwardScratch::carve(scratch, weights_->config, ops_.compute_dtype(), block.rows, saved.rank, saved.recompute, false);
+  backward_part(of, part, block, saved.backward, work);
+  scratch.rewind(mark);
+}
+
+void Model::backward_part(const BackwardLayer& of, BackwardPart part, const BackwardBlock& block, const BackwardState& state,
+                          const BackwardScratch& work) const {
+  const ModelConfig& config = weights_->config;
+  const LayerWeights& weights = of.weights;
+  const LoraGroups& groups = block.groups;
   const AttentionShape shape = config.attention();
   const int64_t q_cols = int64_t{shape.q_heads} * shape.head_size, k_cols = int64_t{shape.kv_heads} * shape.head_size;
-  const auto lora = [&](Site site) { return lora_linear(config, site_of(layer, site)); };
-  const auto trained = [&](Site site) { return trains_site(groups, site_of(layer, site)); };
-  const bool qkv_trained = trained(Site::qkv), o_trained = trained(Site::o), gate_up_trained = trained(Site::gate_up),
-             down_trained = trained(Site::down);
-  // Gradients go down only as far as something below is trained.
-  const bool below_qkv = layer > batch.lowest_layer, below_o = below_qkv || qkv_trained, below_gate_up = below_o || o_trained,
-             below_down = below_gate_up || gate_up_trained;
-
-  const size_t mark = scratch.mark();
-  BackwardScratch work = BackwardScratch::carve(scratch, config, ops_.compute_dtype(), n, saved.rank, saved.recompute);
-  const TensorView act = matrix(work.wide.data, work.wide.dtype, n, config.intermediate_size),
-                   dqkv = matrix(work.wide.data, work.wide.dtype, n, q_cols + 2 * k_cols);
-  const auto first = [n](TensorView t) { return t.empty() ? TensorView{} : t.slice_rows(0, n); };
-  const TensorView dx = saved.dx, cos_sin = first(saved.cos_sin);
-
-  LayerSaved kept = saved.layers[static_cast<size_t>(layer)];
-  kept.x = first(kept.x);
-  if (saved.recompute == Recompute::layer) {
-    work.layer.x = kept.x;
-    kept = work.layer;
-    const LayerBatch rows = {n, n, &groups, &batch.train_packed, nullptr, nullptr, cos_sin};
-    ops_.rms_norm(kept.x, weights.input_norm, config.rms_norm_eps, work.norm);
-    layer_forward(ops_, config, weights, layer, rows, kept, {}, {}, work.norm, act, work.delta, false);
-  }
-  const TensorView qkv = first(kept.qkv), attn = first(kept.attn), mid = first(kept.mid), gate_up = first(kept.gate_up);
+  const auto lora = [&](Site site) { return lora_linear(config, site_of(of.layer, site)); };
+  const auto trained = [&](Site site) { return trains_site(groups, site_of(of.layer, site)); };
+  const auto mine = [&](TensorView t) { return t.empty() ? TensorView{} : t.slice_rows(block.row_begin, block.rows); };
   const auto rerun_norm = [&](TensorView x, TensorView w) { ops_.rms_norm(x, w, config.rms_norm_eps, work.norm); };
 
-  // down
-  if (down_trained) ops_.swiglu(gate_up, act);
-  linear_backward(ops_, weights.down, lora(Site::down), groups, down_trained, act, first(kept.s[3]), dx, work.ds,
-                  below_down ? act : TensorView{});
-  // swiglu, gate_up, norm
-  if (below_down) {
-    ops_.swiglu_backward(gate_up, act, gate_up);
-    if (gate_up_trained) rerun_norm(mid, weights.post_norm);
-    linear_backward(ops_, weights.gate_up, lora(Site::gate_up), groups, gate_up_trained, work.norm, first(kept.s[2]), gate_up,
-                    work.ds, below_gate_up ? work.norm : TensorView{});
+  const LayerSaved& kept = of.saved.layers[static_cast<size_t>(of.layer)];
+  const LayerSaved& from = of.recompute ? state.rerun : kept;
+  const TensorView x = mine(kept.x), dx = mine(of.saved.dx), cos_sin = mine(of.saved.cos_sin);
+  const TensorView qkv = mine(from.qkv), attn = mine(from.attn), mid = mine(from.mid), gate_up = mine(from.gate_up);
+  const TensorView dattn = mine(state.dattn), dqkv = mine(state.dqkv), act = work.wide;
+
+  switch (part) {
+    case BackwardPart::rerun: {
+      if (!of.recompute) return;
+      LayerSaved keep = {x, qkv, mine(from.raw), attn, mine(from.lse), mid, gate_up, {}};
+      for (int i = 0; i < 4; ++i) keep.s[i] = mine(from.s[i]);
+      const LayerBatch rows = {block.rows, block.rows, &groups, &block.packed, nullptr, nullptr, cos_sin, {}};
+      rerun_norm(x, weights.input_norm);
+      layer_forward(ops_, config, weights, of.layer, rows, keep, {}, {}, work.norm, act, work.delta, false);
+      return;
+    }
+    case BackwardPart::mlp: {
+      // down: its input comes back where its gradient was, from the one reading of gate_up that the gradient of swiglu needs
+      const bool down_trained = trained(Site::down), gate_up_trained = trained(Site::gate_up), o_trained = trained(Site::o);
+      if (down_trained && !of.below_down) ops_.swiglu(gate_up, act);
+      linear_backward(ops_, weights.down, lora(Site::down), groups, down_trained, of.below_down ? TensorView{} : act,
+                      mine(from.s[3]), dx, work.ds, of.below_down ? act : TensorView{});
+      if (of.below_down && down_trained) {
+        ops_.swiglu_and_backward(gate_up, act, gate_up, act);
+        ops_.lora_backward_weights(lora(Site::down), groups, act, {}, {}, work.ds);
+      } else if (of.below_down) {
+        ops_.swiglu_backward(gate_up, act, gate_up);
+      }
+      // gate_up, norm
+      if (of.below_down) {
+        if (gate_up_trained) rerun_norm(mid, weights.post_norm);
+        linear_backward(ops_, weights.gate_up, lora(Site::gate_up), groups, gate_up_trained, work.norm, mine(from.s[2]), gate_up,
+                        work.ds, of.below_gate_up ? work.norm : TensorView{});
+      }
+      // o
+      if (of.below_gate_up) {
+        ops_.rms_norm_backward(mid, weights.post_norm, config.rms_norm_eps, work.norm, dx);
+        linear_backward(ops_, weights.o, lora(Site::o), groups, o_trained, attn, mine(from.s[1]), dx, work.ds,
+                        of.below_o ? dattn : TensorView{});
+      }
+      return;
+    }
+    case BackwardPart::attention: {
+      if (!of.below_o) return;
+      const auto q = [&](TensorView t) { return t.slice_cols(0, q_cols); };
+      const auto k = [&](TensorView t) { return t.slice_cols(q_cols, k_cols); };
+      const auto v = [&](TensorView t) { return t.slice_cols(q_cols + k_cols, k_cols); };
+      ops_.attention_backward(q(qkv), k(qkv), v(qkv), attn, mine(from.lse), dattn, block.packed, shape, q(dqkv), k(dqkv), v(dqkv));
+      return;
+    }
+    case BackwardPart::qkv: {
+      if (!of.below_o) return;
+      const bool qkv_trained = trained(Site::qkv);
+      ops_.rope_backward(dqkv, shape, cos_sin, weights.q_norm, weights.k_norm, config.rms_norm_eps, mine(from.raw));
+      if (qkv_trained) rerun_norm(x, weights.input_norm);
+      linear_backward(ops_, weights.qkv, lora(Site::qkv), groups, qkv_trained, work.norm, mine(from.s[0]), dqkv, work.ds,
+                      of.below_qkv ? work.norm : TensorView{});
+      // norm
+      if (of.below_qkv) ops_.rms_norm_backward(x, weights.input_norm, config.rms_norm_eps, work.norm, dx);
+      return;
+    }
+    case BackwardPart::whole:
+      throw std::logic_error("[backward] part: expected one of a layer's parts");
   }
-  // o
-  if (below_gate_up) {
-    ops_.rms_norm_backward(mid, weights.post_norm, config.rms_norm_eps, work.norm, dx);
-    linear_backward(ops_, weights.o, lora(Site::o), groups, o_trained, attn, first(kept.s[1]), dx, work.ds,
-                    below_o ? work.dattn : TensorView{});
-  }
-  // attention, rope, qkv
-  if (below_o) {
-    const auto q = [&](TensorView t) { return t.slice_cols(0, q_cols); };
-    const auto k = [&](TensorView t) { return t.slice_cols(q_cols, k_cols); };
-    const auto v = [&](TensorView t) { return t.slice_cols(q_cols + k_cols, k_cols); };
-    ops_.attention_backward(q(qkv), k(qkv), v(qkv), attn, first(kept.lse), work.dattn, batch.train_packed, shape, q(dqkv), k(dqkv),
-                            v(dqkv));
-    ops_.rope_backward(dqkv, shape, cos_sin, weights.q_norm, weights.k_norm, config.rms_norm_eps, first(kept.raw));
-    if (qkv_trained) rerun_norm(kept.x, weights.input_norm);
-    linear_backward(ops_, weights.qkv, lora(Site::qkv), groups, qkv_trained, work.norm, first(kept.s[0]), dqkv, work.ds,
-                    below_qkv ? work.norm : TensorView{});
-  }
-  // norm
-  if (below_qkv) ops_.rms_norm_backward(kept.x, weights.input_norm, config.rms_norm_eps, work.norm, dx);
-  scratch.rewind(mark);
 }
 
 }  // namespace loquetier

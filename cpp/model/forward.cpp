@@ -38,12 +38,12 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
   ops.rope(keep.qkv, shape, batch.cos_sin, weights.q_norm, weights.k_norm, config.rms_norm_eps, keep.raw, batch.kv_slots, kv,
            kv_shape);
 
-  const TensorView q = keep.qkv.slice_cols(0, q_cols), k = keep.qkv.slice_cols(q_cols, k_cols),
-                   v = keep.qkv.slice_cols(q_cols + k_cols, k_cols);
+  const TensorView q = keep.qkv.slice_cols(0, q_cols);
   if (batch.packed_rows > 0) {
     const auto packed = [&](TensorView t) { return t.slice_rows(0, batch.packed_rows); };
-    ops.attention_packed(packed(q), packed(k), packed(v), *batch.packed, shape, packed(keep.attn),
-                         keep.lse.empty() ? TensorView{} : packed(keep.lse));
+    const TensorView rows = batch.packed_kv.empty() ? packed(keep.qkv) : batch.packed_kv;
+    ops.attention_packed(packed(q), rows.slice_cols(q_cols, k_cols), rows.slice_cols(q_cols + k_cols, k_cols), *batch.packed, shape,
+                         packed(keep.attn), keep.lse.empty() ? TensorView{} : packed(keep.lse));
   }
   if (batch.paged && batch.paged->sequences > 0) ops.attention_paged(q, kv, kv_shape, *batch.paged, shape, keep.attn);
 
@@ -59,50 +59,130 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
   }
 }
 
-void Model::forward(const BatchView& batch, KvCache& kv, Saved* saved, Arena& saved_arena, Arena& scratch,
-                    Recompute recompute) const {
+// Layers [first, last) over all rows; `work.norm` ends as the normed input of layer `last`, or of the heads.
+void Model::run_layers(const BatchView& batch, KvCache& kv, const Saved* saved, int64_t first, int64_t last,
+                       ForwardScratch& work) const {
   const ModelConfig& config = weights_->config;
   const WeightTable& table = weights_->table;
-  const DType dtype = ops_.compute_dtype();
   const int64_t rows = batch.rows, layers = config.num_layers, rank = batch.groups.max_rank;
-  const bool train = batch.train_rows > 0;
-  require(0 <= batch.train_rows && batch.train_rows <= batch.packed_rows && batch.packed_rows <= rows,
-          "[forward] batch: expected 0 <= train_rows <= packed_rows <= rows, got ", batch.train_rows, ", ", batch.packed_rows, ", ",
-          rows);
-  require(!train || saved, "[forward] saved: expected a place to keep activations of ", batch.train_rows,
-          " training rows, got none");
-  require(std::ssize(kv.layers) == layers, "[forward] kv: expected ", layers, " layers, got ", kv.layers.size());
-  if (rows == 0) return;
-
-  const size_t mark = scratch.mark();
-  ForwardScratch work = ForwardScratch::carve(scratch, config, dtype, rows, train, rank, recompute);
-  if (train) *saved = Saved::carve(saved_arena, config, dtype, rows, batch.train_rows, rank, recompute);
-  const bool keep_all = train && recompute == Recompute::none;
-  const TensorView cos_sin = train ? saved->cos_sin : work.cos_sin;
-  const TensorView final_x = train ? saved->final_x : work.x;
+  const bool train = saved != nullptr, keep_all = train && saved->recompute == Recompute::none;
+  const bool copy_s = keep_all && rank > saved->rank;  // the rows beside a chunk use more columns of S than it saves
+  const auto mine = [&](TensorView t) { return t.empty() ? TensorView{} : t.slice_rows(batch.saved_row, rows); };
+  const TensorView cos_sin = train ? mine(saved->cos_sin) : work.cos_sin;
   // Where layer l reads the residual stream, and the layer below it writes it.
-  const auto stream = [&](int64_t l) { return !train ? work.x : l < layers ? saved->layers[static_cast<size_t>(l)].x : final_x; };
+  const auto stream = [&](int64_t l) {
+    return !train ? work.x : mine(l < layers ? saved->layers[static_cast<size_t>(l)].x : saved->final_x);
+  };
 
-  const LayerBatch layer_batch = {rows, batch.packed_rows, &batch.groups, &batch.packed, &batch.paged, batch.kv_slots, cos_sin};
-  ops_.rope_table(batch.positions, weights_->inv_freq.as<float>(), 1.0f, cos_sin);
-  ops_.embedding(batch.ids, table.embedding, stream(0));
-  ops_.rms_norm(stream(0), table.layers[0].input_norm, config.rms_norm_eps, work.norm);
-  for (int64_t l = 0; l < layers; ++l) {
+  LayerBatch layer_batch = {rows, batch.packed_rows, &batch.groups, &batch.packed, &batch.paged, batch.kv_slots, cos_sin, {}};
+  if (first == 0) {
+    ops_.rope_table(batch.positions, weights_->inv_freq.as<float>(), 1.0f, cos_sin);
+    ops_.embedding(batch.ids, table.embedding, stream(0));
+  }
+  ops_.rms_norm(stream(first), table.layers[static_cast<size_t>(first)].input_norm, config.rms_norm_eps, work.norm);
+  for (int64_t l = first; l < last; ++l) {
     const size_t i = static_cast<size_t>(l);
-    LayerSaved keep = keep_all ? saved->layers[i] : work.layer;
-    if (!keep_all) {  // the residual stream runs in place, or through the inputs that are kept
-      keep.x = stream(l);
-      keep.mid = stream(l + 1);
+    LayerSaved keep = work.layer;
+    if (train) {
+      const LayerSaved& kept = saved->layers[i];
+      if (keep_all) {
+        keep.qkv = mine(kept.qkv);
+        if (!kept.raw.empty()) keep.raw = kept.raw.slice_rows(batch.saved_row, batch.train_rows);
+        keep.attn = mine(kept.attn);
+        keep.lse = mine(kept.lse);
+        keep.gate_up = mine(kept.gate_up);
+        for (int k = 0; k < 4; ++k) keep.s[k] = copy_s ? work.s[k] : mine(kept.s[k]);
+      } else if (saved->chunked) {
+        keep.qkv = mine(kept.qkv);
+      }
+      if (saved->chunked) layer_batch.packed_kv = kept.qkv.slice_rows(0, batch.saved_row + batch.packed_rows);
     }
+    // Unless all is kept the residual stream runs in place, or through the inputs that are kept.
+    keep.x = stream(l);
+    keep.mid = keep_all ? mine(saved->layers[i].mid) : stream(l + 1);
     layer_forward(ops_, config, table.layers[i], l, layer_batch, keep, kv.layers[i], kv.shape, work.norm, work.act, work.delta,
                   true);
     const TensorView next_norm = l + 1 < layers ? table.layers[i + 1].input_norm : table.final_norm;
     ops_.add_rms_norm(keep.mid, work.delta, next_norm, config.rms_norm_eps, stream(l + 1), work.norm);
+    if (!copy_s || saved->rank == 0 || batch.train_rows == 0) continue;
+    for (int k = 0; k < 4; ++k) {
+      ops_.convert(work.s[k].slice_rows(0, batch.train_rows).slice_cols(0, saved->rank),
+                   saved->layers[i].s[k].slice_rows(batch.saved_row, batch.train_rows));
+    }
   }
+}
 
+namespace {
+
+void check_batch(const BatchView& batch, const KvCache& kv, int64_t layers) {
+  require(0 <= batch.train_rows && batch.train_rows <= batch.packed_rows && batch.packed_rows <= batch.rows,
+          "[forward] batch: expected 0 <= train_rows <= packed_rows <= rows, got ", batch.train_rows, ", ", batch.packed_rows, ", ",
+          batch.rows);
+  require(std::ssize(kv.layers) == layers, "[forward] kv: expected ", layers, " layers, got ", kv.layers.size());
+}
+
+void check_chunk(const BatchView& batch, const Saved& saved) {
+  require(saved.chunked, "[forward] saved: expected one that reserve() made");
+  require(
+      batch.saved_row >= 0 && batch.saved_row + batch.train_rows <= saved.train_rows && batch.saved_row + batch.rows <= saved.rows,
+      "[forward] chunk: expected at most ", saved.train_rows, " training rows and ", saved.rows, " in all, got ", batch.train_rows,
+      " and ", batch.rows, " from ", batch.saved_row);
+}
+
+}  // namespace
+
+void Model::forward(const BatchView& batch, KvCache& kv, Saved* saved, Arena& saved_arena, Arena& scratch,
+                    Recompute recompute) const {
+  const ModelConfig& config = weights_->config;
+  const DType dtype = ops_.compute_dtype();
+  const int64_t rows = batch.rows, rank = batch.groups.max_rank;
+  const bool train = batch.train_rows > 0;
+  check_batch(batch, kv, config.num_layers);
+  require(!train || saved, "[forward] saved: expected a place to keep activations of ", batch.train_rows,
+          " training rows, got none");
+  require(batch.saved_row == 0, "[forward] saved_row: expected 0, got ", batch.saved_row);
+  if (rows == 0) return;
+
+  const size_t mark = scratch.mark();
+  ForwardScratch work = ForwardScratch::carve(scratch, config, dtype, rows, train, rank, rank, recompute);
+  if (train) {
+    *saved = Saved::carve(saved_arena, config, dtype, rows, batch.train_rows, rank, recompute);
+    ops_.device().zero(saved->dx.data, static_cast<size_t>(saved->dx.size()) * size_of(dtype));
+  }
+  run_layers(batch, kv, train ? saved : nullptr, 0, config.num_layers, work);
   scratch.rewind(work.heads_mark);
-  if (train) ops_.device().zero(saved->dx.data, static_cast<size_t>(saved->dx.size()) * size_of(dtype));
-  run_heads(ops_, *weights_, batch, work.norm, final_x, train ? saved->dx : TensorView{}, scratch);
+  run_heads(ops_, *weights_, batch, 0, batch.chunks.size(), work.norm, train ? saved->final_x : work.x,
+            train ? saved->dx : TensorView{}, scratch);
+  scratch.rewind(mark);
+}
+
+void Model::forward_layers(const BatchView& batch, KvCache& kv, const Saved& saved, int64_t first, int64_t last,
+                           Arena& scratch) const {
+  const ModelConfig& config = weights_->config;
+  check_batch(batch, kv, config.num_layers);
+  check_chunk(batch, saved);
+  require(0 <= first && first <= last && last <= config.num_layers, "[forward] layers: expected a range inside 0 .. ",
+          config.num_layers, ", got ", first, " .. ", last);
+  if (batch.rows == 0 || first == last) return;
+  const size_t mark = scratch.mark();
+  ForwardScratch work = ForwardScratch::carve(scratch, config, ops_.compute_dtype(), batch.rows, true, batch.groups.max_rank,
+                                              saved.rank, saved.recompute);
+  run_layers(batch, kv, &saved, first, last, work);
+  scratch.rewind(mark);
+}
+
+void Model::forward_heads(const BatchView& batch, const Saved& saved, int64_t first, int64_t last, Arena& scratch) const {
+  const ModelConfig& config = weights_->config;
+  check_chunk(batch, saved);
+  require(0 <= first && first <= last && last <= std::ssize(batch.chunks), "[forward] head chunks: expected a range inside 0 .. ",
+          batch.chunks.size(), ", got ", first, " .. ", last);
+  if (batch.rows == 0 || first == last) return;
+  const size_t mark = scratch.mark();
+  const TensorView norm = scratch.take(ops_.compute_dtype(), batch.rows, config.hidden_size);
+  const TensorView final_x = saved.final_x.slice_rows(batch.saved_row, batch.rows);
+  ops_.rms_norm(final_x, weights_->table.final_norm, config.rms_norm_eps, norm);
+  run_heads(ops_, *weights_, batch, static_cast<size_t>(first), static_cast<size_t>(last), norm, final_x,
+            saved.dx.slice_rows(batch.saved_row, batch.train_rows), scratch);
   scratch.rewind(mark);
 }
 

@@ -13,10 +13,7 @@ void head_backward(Ops& ops, const ModelWeights& weights, const LoraLinear& lora
   const ModelConfig& config = weights.config;
   const int32_t* index = batch.head_rows + chunk.begin;
   const bool trained = trains_site(chunk.groups, lora.site);
-  if (trained) {
-    ops.lora_backward_s(lora, chunk.groups, work.dlogits, work.ds);
-    ops.lora_backward_weights(lora, chunk.groups, work.norm, work.s, work.dlogits, work.ds);
-  }
+  if (trained) ops.lora_backward(lora, chunk.groups, work.norm, work.s, work.dlogits, work.ds);
   if (batch.lowest_layer >= config.num_layers) return;  // nothing below lm_head is trained
   base_linear_backward(ops, weights.table.lm_head, work.dlogits, work.norm);
   if (trained) ops.lora_backward_x(lora, chunk.groups, work.ds, work.norm);
@@ -28,12 +25,17 @@ void head_backward(Ops& ops, const ModelWeights& weights, const LoraLinear& lora
 
 }  // namespace
 
-void run_heads(Ops& ops, const ModelWeights& weights, const BatchView& batch, TensorView final_norm, TensorView final_x,
-               TensorView dx, Arena& scratch) {
+void run_heads(Ops& ops, const ModelWeights& weights, const BatchView& batch, size_t first, size_t last, TensorView final_norm,
+               TensorView final_x, TensorView dx, Arena& scratch) {
   const ModelConfig& config = weights.config;
   const LoraLinear lora = lora_linear(config, lm_head_site(config));
-  int32_t first_sample = -1;
+  int32_t first_sample = 0;  // head row of the first row to sample
   for (const HeadChunk& chunk : batch.chunks) {
+    if (chunk.kind == HeadKind::sample) break;
+    first_sample = chunk.begin + chunk.rows;
+  }
+  for (size_t i = first; i < last; ++i) {
+    const HeadChunk& chunk = batch.chunks[i];
     require(chunk.begin >= 0 && 0 <= chunk.rows && chunk.rows <= kHeadChunk && chunk.begin + chunk.rows <= batch.head_count,
             "[heads] chunk: expected at most ", kHeadChunk, " of ", batch.head_count, " head rows, got ", chunk.rows, " from ",
             chunk.begin);
@@ -47,7 +49,6 @@ void run_heads(Ops& ops, const ModelWeights& weights, const BatchView& batch, Te
     adapted_linear(ops, weights.table.lm_head, lora, chunk.groups, work.norm, work.s, work.logits);
 
     if (chunk.kind == HeadKind::sample) {
-      if (first_sample < 0) first_sample = chunk.begin;
       const auto part = [&](TensorView t) {
         return t.empty() ? TensorView{} : t.slice_rows(chunk.begin - first_sample, chunk.rows);
       };

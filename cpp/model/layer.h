@@ -30,6 +30,7 @@ struct LayerBatch {
   const PagedBatch* paged = nullptr;  // null: no rows with pages
   const int32_t* kv_slots = nullptr;  // null: no row writes keys and values
   TensorView cos_sin;                 // [rows, D] f32
+  TensorView packed_kv;               // [>= rows, (Q + 2K) D]  rows that packed.kv_begin counts; empty: qkv of the rows themselves
 };
 
 // One layer over all rows. in: keep.x, norm = rms_norm(keep.x). Fills keep (qkv, attn, mid, gate_up, s, ...); norm becomes
@@ -39,9 +40,10 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
                    const LayerSaved& keep, KvLayer kv, const KvShape& kv_shape, TensorView norm, TensorView act, TensorView delta,
                    bool output);
 
-// The heads of every chunk (heads.cpp). final_norm [T, H] is rms_norm(final_x); final_x and dx are used by train chunks only.
-void run_heads(Ops& ops, const ModelWeights& weights, const BatchView& batch, TensorView final_norm, TensorView final_x,
-               TensorView dx, Arena& scratch);
+// The heads of chunks [first, last) (heads.cpp). final_norm [T, H] is rms_norm(final_x); final_x and dx [train rows, H] are used by
+// train chunks only.
+void run_heads(Ops& ops, const ModelWeights& weights, const BatchView& batch, size_t first, size_t last, TensorView final_norm,
+               TensorView final_x, TensorView dx, Arena& scratch);
 
 // ---------------------------------------------------------------- scratch
 
@@ -51,10 +53,11 @@ struct ForwardScratch {
   TensorView cos_sin;     // [T, D] f32, when nothing is saved
   size_t heads_mark = 0;  // from here on the layers' scratch is given to the heads
   LayerSaved layer;       // one layer's buffers for all layers, unless each is saved
+  TensorView s[4];        // [T, R]  when the rows beside a chunk need more columns than the micro-batch has saved
   TensorView act;         // [T, F]
   TensorView delta;       // [T, H]
   static ForwardScratch carve(Arena& arena, const ModelConfig& config, DType dtype, int64_t rows, bool train, int64_t rank,
-                              Recompute recompute);
+                              int64_t saved_rank, Recompute recompute);
 };
 
 struct HeadScratch {
@@ -69,15 +72,15 @@ struct HeadScratch {
   static HeadScratch carve(Arena& arena, const ModelConfig& config, DType dtype, int64_t rows, bool train, int64_t rank);
 };
 
+// Of n rows: a block's, or all of them when the layer runs as a whole, which then keeps its BackwardState here too.
 struct BackwardScratch {
-  LayerSaved layer;  // [n, ...] rerun of the layer; with Recompute::layer only
-  TensorView delta;  // [n, H]   likewise
-  TensorView wide;   // [n, max(F, (Q + 2K) D)]  swiglu output, then its gradient; later the gradient of qkv
-  TensorView norm;   // [n, H]   a norm's output, then its gradient
-  TensorView dattn;  // [n, Q D]
-  TensorView ds;     // [n, R]
-  static BackwardScratch carve(Arena& arena, const ModelConfig& config, DType dtype, int64_t train_rows, int64_t rank,
-                               Recompute recompute);
+  TensorView delta;     // [n, H]   with Recompute::layer
+  TensorView wide;      // [n, F]   gradient of the swiglu output, then that output
+  TensorView norm;      // [n, H]   a norm's output, then its gradient
+  TensorView ds;        // [n, R]
+  BackwardState state;  // whole layer only; dqkv lies in the memory of `wide`, which is dead by then
+  static BackwardScratch carve(Arena& arena, const ModelConfig& config, DType dtype, int64_t rows, int64_t rank,
+                               Recompute recompute, bool whole);
 };
 
 }  // namespace loquetier

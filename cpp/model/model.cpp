@@ -9,7 +9,7 @@
 namespace loquetier {
 
 ForwardScratch ForwardScratch::carve(Arena& arena, const ModelConfig& config, DType dtype, int64_t rows, bool train, int64_t rank,
-                                     Recompute recompute) {
+                                     int64_t saved_rank, Recompute recompute) {
   ForwardScratch work;
   work.norm = arena.take(dtype, rows, config.hidden_size);
   if (!train) {
@@ -18,6 +18,9 @@ ForwardScratch ForwardScratch::carve(Arena& arena, const ModelConfig& config, DT
   }
   work.heads_mark = arena.mark();
   if (!train || recompute == Recompute::layer) work.layer = LayerSaved::carve(arena, config, dtype, rows, 0, rank);
+  if (train && recompute == Recompute::none && rank > saved_rank) {
+    for (TensorView& s : work.s) s = arena.take(dtype, rows, rank);
+  }
   work.act = arena.take(dtype, rows, config.intermediate_size);
   work.delta = arena.take(dtype, rows, config.hidden_size);
   return work;
@@ -37,18 +40,22 @@ HeadScratch HeadScratch::carve(Arena& arena, const ModelConfig& config, DType dt
   return work;
 }
 
-BackwardScratch BackwardScratch::carve(Arena& arena, const ModelConfig& config, DType dtype, int64_t train_rows, int64_t rank,
-                                       Recompute recompute) {
+BackwardScratch BackwardScratch::carve(Arena& arena, const ModelConfig& config, DType dtype, int64_t rows, int64_t rank,
+                                       Recompute recompute, bool whole) {
   BackwardScratch work;
+  if (recompute == Recompute::layer) work.delta = arena.take(dtype, rows, config.hidden_size);
+  const TensorView wide =
+      arena.take(dtype, rows, whole ? std::max(config.intermediate_size, config.qkv_columns()) : config.intermediate_size);
+  work.wide = matrix(wide.data, dtype, rows, config.intermediate_size);
+  work.norm = arena.take(dtype, rows, config.hidden_size);
+  work.ds = arena.take(dtype, rows, rank);
+  if (!whole) return work;
+  work.state.dattn = arena.take(dtype, rows, int64_t{config.num_heads} * config.head_size);
+  work.state.dqkv = matrix(wide.data, dtype, rows, config.qkv_columns());
   if (recompute == Recompute::layer) {
-    work.layer = LayerSaved::carve(arena, config, dtype, train_rows, train_rows, rank);
-    work.layer.mid = arena.take(dtype, train_rows, config.hidden_size);
-    work.delta = arena.take(dtype, train_rows, config.hidden_size);
+    work.state.rerun = LayerSaved::carve(arena, config, dtype, rows, rows, rank);
+    work.state.rerun.mid = arena.take(dtype, rows, config.hidden_size);
   }
-  work.wide = arena.take(dtype, train_rows, std::max(config.intermediate_size, config.qkv_columns()));
-  work.norm = arena.take(dtype, train_rows, config.hidden_size);
-  work.dattn = arena.take(dtype, train_rows, int64_t{config.num_heads} * config.head_size);
-  work.ds = arena.take(dtype, train_rows, rank);
   return work;
 }
 
@@ -60,32 +67,41 @@ Model::Model(std::shared_ptr<const ModelWeights> weights, Ops& ops) : weights_(s
           ", got ", name_of(weights_->table.embedding.dtype));
 }
 
-size_t Model::scratch_bytes(int64_t rows, int64_t train_rows, int64_t head_rows, int64_t rank, Recompute recompute) const {
-  return scratch_bytes(weights_->config, ops_.compute_dtype(), rows, train_rows, head_rows, rank, recompute);
+size_t Model::scratch_bytes(int64_t rows, int64_t train_rows, int64_t head_rows, int64_t rank, Recompute recompute,
+                            const SliceShape& slices) const {
+  return scratch_bytes(weights_->config, ops_.compute_dtype(), rows, train_rows, head_rows, rank, recompute, slices);
 }
 
-size_t Model::saved_bytes(int64_t rows, int64_t train_rows, int64_t rank, Recompute recompute) const {
-  return saved_bytes(weights_->config, ops_.compute_dtype(), rows, train_rows, rank, recompute);
+size_t Model::saved_bytes(int64_t rows, int64_t train_rows, int64_t rank, Recompute recompute, bool chunked) const {
+  return saved_bytes(weights_->config, ops_.compute_dtype(), rows, train_rows, rank, recompute, chunked);
 }
 
 size_t Model::scratch_bytes(const ModelConfig& config, DType dtype, int64_t rows, int64_t train_rows, int64_t head_rows,
-                            int64_t rank, Recompute recompute) {
+                            int64_t rank, Recompute recompute, const SliceShape& slices) {
   const bool train = train_rows > 0;
   Arena counter;
-  const ForwardScratch forward = ForwardScratch::carve(counter, config, dtype, rows, train, rank, recompute);
+  const int64_t saved_rank = slices.chunked ? slices.saved_rank : rank;
+  const ForwardScratch forward = ForwardScratch::carve(counter, config, dtype, rows, train, rank, saved_rank, recompute);
   counter.rewind(forward.heads_mark);
   HeadScratch::carve(counter, config, dtype, std::min(head_rows, kHeadChunk), train, rank);
   counter.rewind(0);
-  if (train) BackwardScratch::carve(counter, config, dtype, train_rows, rank, recompute);
+  const int64_t block = slices.chunked ? slices.block_rows : train_rows;
+  if (train) BackwardScratch::carve(counter, config, dtype, block, saved_rank, recompute, !slices.chunked);
   return counter.peak();
 }
 
 size_t Model::saved_bytes(const ModelConfig& config, DType dtype, int64_t rows, int64_t train_rows, int64_t rank,
-                          Recompute recompute) {
+                          Recompute recompute, bool chunked) {
   if (train_rows == 0) return 0;
   Arena counter;
-  Saved::carve(counter, config, dtype, rows, train_rows, rank, recompute);
+  Saved::carve(counter, config, dtype, rows, train_rows, rank, recompute, chunked);
   return counter.peak();
+}
+
+Saved Model::reserve(Arena& arena, int64_t rows, int64_t train_rows, int64_t rank, Recompute recompute) const {
+  Saved saved = Saved::carve(arena, weights_->config, ops_.compute_dtype(), rows, train_rows, rank, recompute, true);
+  ops_.device().zero(saved.dx.data, static_cast<size_t>(saved.dx.size()) * size_of(saved.dx.dtype));
+  return saved;
 }
 
 size_t KvCache::page_bytes(const ModelConfig& config, DType dtype, int32_t page_size) {

@@ -12,6 +12,7 @@
 #include "model/base_weights.h"
 #include "model/saved.h"
 #include "ops/ops.h"
+#include "plan/slices.h"
 
 namespace loquetier {
 
@@ -31,10 +32,11 @@ struct BatchView {
   int64_t rows = 0;
   int64_t train_rows = 0;
   int64_t packed_rows = 0;             // training and evaluation
+  int64_t saved_row = 0;               // where the batch's first row lies in Saved: > 0 in a later chunk of a micro-batch
   const int32_t* ids = nullptr;        // [rows] device
   const int32_t* positions = nullptr;  // [rows] device
   const int32_t* kv_slots = nullptr;   // [rows] device, -1 for packed rows
-  PackedBatch packed;                  // training sequences first, then evaluation
+  PackedBatch packed;                  // training sequences first, then evaluation; kv_begin counts rows of Saved
   PackedBatch train_packed;            // the training ones alone
   PagedBatch paged;                    // row_begin counts from the first row of the batch
   LoraGroups groups;                   // over all rows
@@ -62,6 +64,21 @@ struct KvCache {
   static size_t page_bytes(const ModelConfig& config, DType dtype, int32_t page_size);  // all layers, k and v
 };
 
+// Rows of a micro-batch that a slice of backward is about. Groups and sequences count rows from the block's begin.
+struct BackwardBlock {
+  int64_t row_begin = 0;
+  int64_t rows = 0;
+  LoraGroups groups;
+  PackedBatch packed;  // parts attention and rerun: whole sequences
+};
+
+// What the scratch of a micro-batch in chunks and slices depends on beside the step's own rows.
+struct SliceShape {
+  bool chunked = false;
+  int64_t block_rows = 0;  // largest block of a slice
+  int64_t saved_rank = 0;  // columns of S that are saved
+};
+
 constexpr int64_t kHeadChunk = 256;  // head rows per vocabulary product
 
 class Model {
@@ -70,13 +87,14 @@ class Model {
 
   const ModelConfig& config() const { return weights_->config; }
   // Scratch bytes that forward, heads and backward need for such a step (counting mode of the same carving).
-  size_t scratch_bytes(int64_t rows, int64_t train_rows, int64_t head_rows, int64_t rank, Recompute recompute) const;
-  size_t saved_bytes(int64_t rows, int64_t train_rows, int64_t rank, Recompute recompute) const;
+  size_t scratch_bytes(int64_t rows, int64_t train_rows, int64_t head_rows, int64_t rank, Recompute recompute,
+                       const SliceShape& slices = {}) const;
+  size_t saved_bytes(int64_t rows, int64_t train_rows, int64_t rank, Recompute recompute, bool chunked = false) const;
   // The same of a model that is not there.
   static size_t scratch_bytes(const ModelConfig& config, DType dtype, int64_t rows, int64_t train_rows, int64_t head_rows,
-                              int64_t rank, Recompute recompute);
+                              int64_t rank, Recompute recompute, const SliceShape& slices = {});
   static size_t saved_bytes(const ModelConfig& config, DType dtype, int64_t rows, int64_t train_rows, int64_t rank,
-                            Recompute recompute);
+                            Recompute recompute, bool chunked = false);
 
   // Runs every layer over all rows, then the heads of every chunk: outputs of BatchView are written. With training rows, `saved` is
   // carved from saved_arena, its dx holds the gradient of final_x after this call, and lm_head's gradients are in. Without, `saved`
@@ -88,12 +106,29 @@ class Model {
   void decode_layers(const BatchView& batch, KvCache& kv, Arena scratch) const;
   void decode_heads(const BatchView& batch, Arena& scratch) const;
 
+  // The same in pieces, for a micro-batch whose rows come in chunks. reserve() carves what all chunks of `train_rows` rows in all,
+  // and the rows beside each, need (see saved.h). For each chunk: forward_layers() over all layers, in one call or several, then
+  // forward_heads() over all of its head chunks. Between the calls only Saved is kept.
+  Saved reserve(Arena& saved_arena, int64_t rows, int64_t train_rows, int64_t rank, Recompute recompute) const;
+  void forward_layers(const BatchView& batch, KvCache& kv, const Saved& saved, int64_t first, int64_t last, Arena& scratch) const;
+  void forward_heads(const BatchView& batch, const Saved& saved, int64_t first, int64_t last, Arena& scratch) const;
+
   // One layer of backward, from layer = L - 1 down to batch.lowest_layer: saved.dx goes from the gradient of the layer's output to
   // that of its input (not needed and not computed for lowest_layer), gradients of the layer's adapters are added. Touches training
   // rows only. `batch` needs only its training part: train_packed, train_groups, train_rows, lowest_layer, positions.
   void backward_layer(const BatchView& batch, const Saved& saved, int64_t layer, Arena& scratch) const;
+  // A slice of it: one part over a block of rows, in the order of cut_layer(). Of a Saved that reserve() made.
+  void backward_slice(const BatchView& batch, const Saved& saved, int64_t layer, BackwardPart part, const BackwardBlock& block,
+                      Arena& scratch) const;
 
  private:
+  struct BackwardLayer;
+  void run_layers(const BatchView& batch, KvCache& kv, const Saved* saved, int64_t first, int64_t last,
+                  struct ForwardScratch& work) const;
+  BackwardLayer layer_of(const BatchView& batch, const Saved& saved, int64_t layer) const;
+  void backward_part(const BackwardLayer& of, BackwardPart part, const BackwardBlock& block, const BackwardState& state,
+                     const struct BackwardScratch& work) const;
+
   std::shared_ptr<const ModelWeights> weights_;
   Ops& ops_;
 };

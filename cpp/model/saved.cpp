@@ -17,13 +17,26 @@ LayerSaved LayerSaved::carve(Arena& arena, const ModelConfig& config, DType dtyp
   return layer;
 }
 
+BackwardState BackwardState::carve(Arena& arena, const ModelConfig& config, DType dtype, int64_t train_rows, int64_t rank,
+                                   Recompute recompute) {
+  BackwardState state;
+  state.dattn = arena.take(dtype, train_rows, int64_t{config.num_heads} * config.head_size);
+  state.dqkv = arena.take(dtype, train_rows, config.qkv_columns());
+  if (recompute == Recompute::layer) {
+    state.rerun = LayerSaved::carve(arena, config, dtype, train_rows, train_rows, rank);
+    state.rerun.mid = arena.take(dtype, train_rows, config.hidden_size);
+  }
+  return state;
+}
+
 Saved Saved::carve(Arena& arena, const ModelConfig& config, DType dtype, int64_t rows, int64_t train_rows, int64_t rank,
-                   Recompute recompute) {
+                   Recompute recompute, bool chunked) {
   Saved saved;
   saved.rows = rows;
   saved.train_rows = train_rows;
   saved.rank = rank;
   saved.recompute = recompute;
+  saved.chunked = chunked;
   saved.cos_sin = arena.take(DType::f32, rows, config.head_size);
   saved.layers.reserve(static_cast<size_t>(config.num_layers));
   for (int64_t l = 0; l < config.num_layers; ++l) {
@@ -31,12 +44,15 @@ Saved Saved::carve(Arena& arena, const ModelConfig& config, DType dtype, int64_t
     if (recompute == Recompute::none) {
       layer = LayerSaved::carve(arena, config, dtype, rows, train_rows, rank);
       layer.mid = arena.take(dtype, rows, config.hidden_size);
+    } else if (chunked) {
+      layer.qkv = arena.take(dtype, rows, config.qkv_columns());  // later chunks attend to it
     }
     layer.x = arena.take(dtype, rows, config.hidden_size);
     saved.layers.push_back(layer);
   }
   saved.final_x = arena.take(dtype, rows, config.hidden_size);
   saved.dx = arena.take(dtype, train_rows, config.hidden_size);
+  if (chunked) saved.backward = BackwardState::carve(arena, config, dtype, train_rows, rank, recompute);
   return saved;
 }
 

@@ -284,9 +284,25 @@ class Ops {
   virtual void lora_backward_s(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView ds) = 0;
   // dx += (ds[:, r0:r0+R] A) * M, summed over parts.          ds [T, >= max_rank] C; dx [T, in] C
   virtual void lora_backward_x(const LoraLinear& linear, const LoraGroups& groups, TensorView ds, TensorView dx) = 0;
+  // dx = dy W, then lora_backward_x: for the same linears as linear_lora, again so that a backend may fuse them.
+  // dy [T, sum out] C; w [sum out, in] C; ds [T, >= max_rank] C; dx [T, in] C
+  virtual void linear_lora_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
+                                    TensorView dx) {
+    this->linear_backward(dy, w, dx, false);
+    if (groups.count > 0 && groups.max_rank > 0) lora_backward_x(linear, groups, ds, dx);
+  }
   // dB += scale * dy[:, part]^T s;  dA += ds^T (x * M).       groups with grads only, no two of one adapter; f32, in a fixed order
+  // Views without data: x (then also ds): dB alone; s and dy: dA alone.
   virtual void lora_backward_weights(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
                                      TensorView ds) = 0;
+  // ds of all groups, then dB and dA of those with grads, as lora_backward_s and lora_backward_weights: one call, so that a backend
+  // may read dy once for ds and dB. x without data: dA is left for later.            x [T, in]; s, ds [T, >= max_rank]; dy [T, sum
+  // out]
+  virtual void lora_backward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView dy,
+                             TensorView ds) {
+    lora_backward_s(linear, groups, dy, ds);
+    lora_backward_weights(linear, groups, x, s, dy, ds);
+  }
 
   // y = x * rsqrt(mean(x^2) + eps) * w.                       x, y [T, H] C; w [H] C
   virtual void rms_norm(TensorView x, TensorView w, float eps, TensorView y) = 0;
@@ -323,6 +339,8 @@ class Ops {
   virtual void swiglu(TensorView gate_up, TensorView y) = 0;
   // dgate_up [T, 2F] may be gate_up itself.                   dy [T, F] C
   virtual void swiglu_backward(TensorView gate_up, TensorView dy, TensorView dgate_up) = 0;
+  // Both, reading gate_up once: y [T, F] may be dy itself, dgate_up gate_up itself.
+  virtual void swiglu_and_backward(TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y) = 0;
 
   // Loss and its gradient of rows with a target. logprob[i] = p, loss[i] as in LossRow; dlogits = dloss/dp * (onehot - softmax).
   // A loss that is not finite makes its row of dlogits NaN, so that the gradient's norm tells and the update is skipped.

@@ -47,6 +47,7 @@ struct StepLimits {
   int64_t hard_rows_left = 0;   // of max_batch_tokens
   int64_t train_rows_left = 0;  // of max_train_tokens
   int64_t bytes_left = 0;
+  int64_t bytes_claimed = 0;
   std::vector<AdapterVersion*> claimed;
 
   bool fits(const AdapterVersion& version) const { return version.claimed == serial || version.bytes <= bytes_left; }
@@ -54,6 +55,7 @@ struct StepLimits {
     if (version.claimed == serial) return;
     version.claimed = serial;
     bytes_left -= version.bytes;
+    bytes_claimed += version.bytes;
     claimed.push_back(&version);
   }
   void take_rows(int64_t rows) {
@@ -73,8 +75,9 @@ class AdapterTable {
   explicit AdapterTable(int64_t pool_bytes);  // knows the base model, -1, which takes nothing of the pool
 
   void add(int64_t id, int64_t bytes, int64_t version);
-  PlannedAdapter& find(int64_t id, const char* caller);       // InvalidArgument when unknown
-  PlannedAdapter& find_open(int64_t id, const char* caller);  // ... or removed
+  PlannedAdapter& find(int64_t id, const char* caller);               // InvalidArgument when unknown
+  PlannedAdapter& find_open(int64_t id, const char* caller);          // ... or removed
+  int64_t bytes(int64_t id) const { return adapters_.at(id).bytes; }  // of one version
   void set_version(PlannedAdapter& adapter, int64_t version);
   void remove(PlannedAdapter& adapter);  // no new users
 

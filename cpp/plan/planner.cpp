@@ -17,6 +17,14 @@ PlannerConfig checked(PlannerConfig c) {
   require(c.page_size >= 1, "[planner] page_size: expected >= 1, got ", c.page_size);
   require(c.adapter_pool_bytes >= 0, "[planner] adapter_pool_bytes: expected >= 0, got ", c.adapter_pool_bytes);
   require(c.num_layers >= 1, "[planner] num_layers: expected >= 1, got ", c.num_layers);
+  require(c.slice_rows >= 0 && c.slack_rows >= 0, "[planner] slice_rows, slack_rows: expected >= 0, got ", c.slice_rows, " and ",
+          c.slack_rows);
+  require(c.mlp_share >= 0 && c.mlp_share <= 1, "[planner] mlp_share: expected 0 .. 1, got ", c.mlp_share);
+  if (c.goal) {
+    require(c.goal->ttft > 0 && c.goal->tpot > 0, "[planner] goal: expected seconds > 0, got ", c.goal->ttft, " and ",
+            c.goal->tpot);
+    require(c.cost != nullptr && c.slice_rows > 0, "[planner] goal: expected a cost model and slice_rows > 0 beside it");
+  }
   require(c.starvation_steps >= 1, "[planner] starvation_steps: expected >= 1, got ", c.starvation_steps);
   return c;
 }
@@ -88,6 +96,8 @@ void Planner::add_request(RequestSpec spec) {
   r.arrival = s.arrivals++;
   r.prompt_tokens = prompt;
   r.token_limit = prompt + spec.max_tokens;
+  r.deadline = spec.deadline >= 0 ? spec.deadline : s.config.goal ? spec.arrived + s.config.goal->ttft : -1;
+  r.reject_late = spec.reject_late;
   r.tokens = std::move(spec.prompt);
   if (spec.pinned_version >= 0 && spec.adapter >= 0) {
     r.pinned_epoch = spec.pinned_version == adapter.newest->version ? adapter.epoch : 0;
@@ -95,6 +105,8 @@ void Planner::add_request(RequestSpec spec) {
   }
   s.adapters.add_user(adapter);
   s.prompts.add(r);
+  if (r.deadline >= 0) s.urgent.insert(&r);
+  if (r.deadline >= 0 && r.reject_late) s.rejectable.insert({r.deadline, r.id});
 }
 
 void Planner::add_job(JobSpec spec) {
@@ -137,10 +149,20 @@ Plan Planner::plan(const StepBudget& budget) {
   return state_->plan(budget);
 }
 
-void Planner::commit(const Plan& plan) {
+std::vector<int64_t> Planner::commit(const Plan& plan, const StepOutcome& outcome) {
   require<std::logic_error>(state_->open, "[planner] commit: no plan is open");
   require<std::logic_error>(plan.serial == state_->serial, "[planner] commit: expected the plan made last");
-  state_->commit();
+  return state_->commit(plan, outcome);
+}
+
+StepWork Planner::work_of(const Plan& plan, const StepOutcome& outcome) const {
+  require<std::logic_error>(state_->open && plan.serial == state_->serial, "[planner] work_of: expected the open plan");
+  return state_->work_of(plan, outcome);
+}
+
+std::vector<int64_t> Planner::late(double now) const {
+  require_closed(state_->open, "late");
+  return state_->late(now);
 }
 
 void Planner::abort(const Plan& plan) {
@@ -149,7 +171,7 @@ void Planner::abort(const Plan& plan) {
   state_->abort();
 }
 
-void Planner::State::commit() {
+std::vector<int64_t> Planner::State::commit(const Plan& plan, const StepOutcome& outcome) {
   open = false;
   const bool rows_offered = limits.rows_wanted > 0;
   clock += rows_offered;
@@ -186,8 +208,10 @@ void Planner::State::commit() {
       prompts.remove(*r);
       r->state = RequestState::decoding;
     }
+    if (r->computed == r->length()) note_token(*r, outcome.now);
   }
-  training.commit(rows_offered, layers_offered);
+  skip_evaluation = plan.rows[static_cast<size_t>(Kind::eval)] > 0;
+  return training.commit(plan, outcome, rows_offered, slices_offered);
 }
 
 void Planner::State::abort() {
@@ -216,6 +240,8 @@ void Planner::State::finish(PlannedRequest& r) {
   if (r.state != RequestState::waiting) leave_running(r);
   release_pages(r, 0);
   if (r.pinned) adapters.release(*r.pinned);
+  urgent.erase(&r);
+  rejectable.erase({r.deadline, r.id});
   PlannedAdapter& adapter = *r.adapter;
   requests.erase(r.id);
   adapters.drop_user(adapter);
@@ -253,7 +279,7 @@ void Planner::State::cache_full_pages(PlannedRequest& r) {
 
 std::span<const int32_t> Planner::tokens(int64_t request) const { return state_->find_request(request, "tokens").tokens; }
 std::span<const int32_t> Planner::pages(int64_t request) const { return state_->find_request(request, "pages").pages; }
-int32_t Planner::pending_backward_layers() const { return state_->training.backward_layers_left(); }
+int32_t Planner::pending_backward_slices() const { return state_->training.backward_slices_left(); }
 bool Planner::has_work() const { return !state_->requests.empty() || !state_->training.empty(); }
 
 PlannerStats Planner::stats() const {

@@ -6,9 +6,11 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <set>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "plan/adapter_table.h"
@@ -32,6 +34,8 @@ struct Planner::State {
   std::set<PlannedRequest*, StandsHigher> by_standing;  // the same requests
   PromptQueues prompts;
   TrainQueues training;
+  std::set<PlannedRequest*, MoreUrgent> urgent;     // with a deadline that is not yet found to be missed, without a first token
+  std::set<std::pair<double, int64_t>> rejectable;  // (deadline, id) of those that asked for it, without a first token
   uint64_t arrivals = 0;
   uint64_t serial = 0;       // of the last plan
   uint64_t clock = 0;        // committed steps that had a row budget
@@ -51,10 +55,23 @@ struct Planner::State {
   int64_t prompt_pages = 0;       // that admitted prompts need to their end and have not got
   bool wants_more_bytes = false;  // decodes over more adapters than fit
   bool door_closed = false;       // no more admissions in this step
-  bool layers_offered = false;
+  bool slices_offered = false;
+  // Time (fill.cpp). What is planned so far, but for the pass over all rows and the heads, which depend on all of it.
+  StepWork work_rest;
+  double work_rows = 0, sample_heads = 0, loss_heads = 0, train_heads = 0;
+  double now = 0;
+  double train_seconds = -1;   // a step with rows of requests is filled to; < 0: no limit
+  double prompt_seconds = -1;  // prompt rows may come up to
+  double alone_seconds = -1;   // a step of training alone
+  bool prompt_time_over = false;
+  bool prompt_overdue = false;   // one is being served before all else
+  bool must_train = false;       // training was passed over too long: its smallest piece is in the step whatever it costs
+  bool skip_evaluation = false;  // the last step had evaluation rows: training has the next
 
   Plan plan(const StepBudget& budget);
-  void commit();
+  std::vector<int64_t> commit(const Plan& plan, const StepOutcome& outcome);
+  StepWork work_of(const Plan& plan, const StepOutcome& outcome) const;
+  std::vector<int64_t> late(double when) const;
   void abort();
   void finish(PlannedRequest& request);
   void check_invariants() const;
@@ -71,6 +88,24 @@ struct Planner::State {
   void unblock_prompt();
   Plan emit();
 
+  // ---- time
+  void set_time(const StepBudget& budget);
+  StepWork work_with(double rows, double pairs, double heads, double with_gradient) const;  // what is planned, and training rows
+  int64_t prompt_rows_in_time(const PlannedRequest& request, int64_t most);
+  void count_prompt_rows(const PlannedRequest& request, int64_t begin, int64_t rows);
+  void serve_urgent(PromptLevel& level);
+  double prefill_seconds(double begin, double rows) const;  // of a prompt's rows alone
+  void note_token(PlannedRequest& request, double when);
+
+  // ---- training in pieces
+  void train_in_pieces();
+  void plan_pieces();
+  int64_t rows_held() const;
+  void evaluate();
+  bool plan_forward(bool alone, double limit);  // true: with this step all rows of the micro-batch are forwarded
+  void plan_backward(double limit, bool forward_planned);
+  int32_t slices_in_time(int32_t most, double limit, const std::function<StepWork(int32_t)>& slice);
+
   // ---- decodes
   bool serve_decode(PlannedRequest& request);
   bool make_page(PlannedRequest& request);  // pre-empts lower ones until a page is available
@@ -84,6 +119,7 @@ struct Planner::State {
   Serve admit(PlannedRequest& request, bool aged);
   void undo_admit(PlannedRequest& request);
   void touch(PromptQueue& queue);
+  int64_t composition_rows() const { return std::max<int64_t>(config.slice_rows, config.max_batch_tokens - config.slack_rows); }
   int64_t prompt_quantum() const { return std::max<int64_t>(config.page_size, config.max_batch_tokens / 8); }  // rows of a turn
   bool level_aged() { return prompts.levels().size() > 1 && level_passes >= config.starvation_steps; }
   PromptLevel& next_level() { return level_aged() ? prompts.least_recently_served() : prompts.levels().begin()->second; }

@@ -31,6 +31,10 @@ struct PlannedRequest {
   uint64_t arrival = 0;
   int64_t prompt_tokens = 0;
   int64_t token_limit = 0;  // prompt and generated
+  double deadline = -1;     // of the first token, seconds; < 0: none
+  bool reject_late = false;
+  double first_token = -1;  // when it came, seconds; < 0: not yet
+  double last_token = -1;
   RequestState state = RequestState::waiting;
   std::vector<int32_t> tokens;                 // prompt and generated
   std::vector<int32_t> pages;                  // in order of position
@@ -52,6 +56,14 @@ struct PlannedRequest {
   AdapterVersion& version() const { return pinned ? *pinned : *adapter->newest; }
   int64_t length() const { return static_cast<int64_t>(tokens.size()); }
   int64_t remaining() const { return length() - computed - planned; }
+};
+
+// Who must have its first token first: higher priority, then the earlier deadline.
+struct MoreUrgent {
+  bool operator()(const PlannedRequest* a, const PlannedRequest* b) const {
+    if (a->priority != b->priority) return a->priority > b->priority;
+    return a->deadline != b->deadline ? a->deadline < b->deadline : a->arrival < b->arrival;
+  }
 };
 
 // Who keeps its pages when they are short: true when a stands higher than b.

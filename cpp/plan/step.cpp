@@ -28,18 +28,25 @@ Plan Planner::State::plan(const StepBudget& budget) {
   limits.rows_left = budget.max_rows < 0 ? config.max_batch_tokens : std::min(budget.max_rows, config.max_batch_tokens);
   limits.rows_wanted = limits.rows_left;
   limits.bytes_left = config.adapter_pool_bytes;
-  layers_offered = budget.max_backward_layers != 0;
-  training.begin(serial, budget.max_backward_layers);
+  slices_offered = budget.max_backward_slices != 0;
+  training.begin(serial, budget.max_backward_slices);
   survey();
+  set_time(budget);
   serve_overdue();
+  const int64_t held = rows_held();
+  limits.rows_left -= held;
   if (limits.rows_left > 0) {
     serve_decodes();
-
     serve_prompts();
     unblock_prompt();
   }
-  training.run_backward(limits);
-  training.serve(limits);
+  limits.rows_left += held;
+  if (config.slice_rows == 0) {
+    training.run_backward(limits);
+    training.serve(limits);
+  } else {
+    train_in_pieces();
+  }
   missed_queue = nullptr;
   if (!prompts.empty() && static_cast<int64_t>(running.size()) < config.max_sequences) {
     PromptQueue& next = next_level().ring.front();
@@ -84,22 +91,30 @@ void Planner::State::serve_overdue() {
     if (!decode || r->last_served < decode->last_served) decode = r;
   }
   const PromptQueue* prompt = prompts.empty() ? nullptr : &next_level().ring.front();
-  enum Sort { decoding, prompting, backward, example };
+  enum Sort { decoding, prompting, micro_batch, example };
   std::array<std::pair<int64_t, Sort>, 4> ages = {{
       {decode ? static_cast<int64_t>(clock - decode->last_served) : -1, decoding},
       {prompt ? prompt->passed : -1, prompting},
-      {training.backward_age(), backward},
+      {training.micro_age(), micro_batch},
       {training.example_age(), example},
   }};
   std::ranges::sort(ages,
                     [](const auto& a, const auto& b) { return a.first != b.first ? a.first > b.first : a.second < b.second; });
   for (const auto& [age, sort] : ages) {
     if (age < config.starvation_steps) break;
-    if (sort == backward) training.run_backward(limits);
+    if (sort == micro_batch) {
+      if (config.slice_rows == 0) training.run_backward(limits);
+      else must_train |= training.claim_micro(limits);
+    }
     if (limits.rows_wanted == 0) continue;
     if (sort == decoding) serve_decode(*decode);
     if (sort == prompting) serve_overdue_prompt();
     if (sort != example) continue;
+    if (config.slice_rows > 0 && training.oldest_trains()) {
+      training.compose(limits, composition_rows(), true);
+      must_train |= training.composed();
+      continue;
+    }
     const int64_t rows = training.oldest_rows(), before = limits.rows_left;
     if (rows > limits.rows_wanted) {  // longer than any step's budget: this step is longer, and decodes ride along
       const int64_t with_decodes = rows + static_cast<int64_t>(decodes.size());
@@ -137,6 +152,10 @@ bool Planner::State::serve_decode(PlannedRequest& r) {
   limits.claim(r.version());
   limits.take_rows(1);
   r.planned = 1;
+  work_rows += 1;
+  sample_heads += 1;
+  work_rest.decode_rows += 1;
+  work_rest.decode_context += static_cast<double>(r.computed + 1);
   return true;
 }
 
@@ -151,6 +170,7 @@ bool Planner::State::make_page(PlannedRequest& request) {
 
 void Planner::State::preempt(PlannedRequest& r) {
   limits.take_rows(-r.planned);
+  work_rows -= static_cast<double>(r.planned);
   r.planned = 0;
   if (r.page_due) --decode_pages;
   r.page_due = false;
@@ -181,13 +201,17 @@ void Planner::State::touch(PromptQueue& queue) {
 bool Planner::State::serve_overdue_prompt() {
   const int64_t spare = limits.rows_left - static_cast<int64_t>(decodes.size());
   const int64_t rows = std::min(prompt_quantum(), std::max<int64_t>(spare, config.page_size));
-  return serve_queue(next_level().ring.front(), rows, level_aged()) == Serve::served;
+  prompt_overdue = true;
+  const bool served = serve_queue(next_level().ring.front(), rows, level_aged()) == Serve::served;
+  prompt_overdue = prompt_time_over = false;
+  return served;
 }
 
 void Planner::State::serve_prompts() {
   if (level_aged() && limits.rows_left > 0) serve_level(prompts.least_recently_served(), prompt_quantum(), true);
   for (auto& [priority, level] : prompts.levels()) {
-    if (limits.rows_left == 0) break;
+    if (limits.rows_left == 0 || prompt_time_over) break;
+    serve_urgent(level);
     serve_level(level, limits.rows_left, false);
   }
 }
@@ -226,7 +250,7 @@ void Planner::State::serve_level(PromptLevel& level, int64_t max_rows, bool aged
 
 Planner::State::Serve Planner::State::serve_queue(PromptQueue& queue, int64_t max_rows, bool aged) {
   touch(queue);
-  if (limits.rows_left == 0) return Serve::no_room;
+  if (limits.rows_left == 0 || prompt_time_over) return Serve::no_room;
   PlannedRequest* r = nullptr;
   for (auto it = queue.prefilling.rbegin(); it != queue.prefilling.rend() && (*it)->remaining() > 0; ++it) r = *it;
   if (!r) {
@@ -249,8 +273,11 @@ Planner::State::Serve Planner::State::extend_chunk(PlannedRequest& r, int64_t ma
   if (limits.rows_left == 0 || !limits.fits(r.version())) return Serve::no_room;
   const int64_t begin = r.computed + r.planned;
   const int64_t usable = static_cast<int64_t>(r.pages.size()) + std::max<int64_t>(0, cache.available() - decode_pages);
-  const int64_t rows = std::min({r.remaining(), max_rows, limits.rows_left, usable * config.page_size - begin});
+  int64_t rows = std::min({r.remaining(), max_rows, limits.rows_left, usable * config.page_size - begin});
   if (rows <= 0) return Serve::no_pages;
+  rows = prompt_rows_in_time(r, rows);
+  if (rows <= 0) return Serve::no_room;
+  count_prompt_rows(r, begin, rows);
   limits.claim(r.version());
   limits.take_rows(rows);
   for (int64_t missing = pages_for(begin + rows) - static_cast<int64_t>(r.pages.size()); missing > 0; --missing) {
@@ -363,6 +390,10 @@ Plan Planner::State::emit() {
     for (auto s = plan.segments.begin() + first; s != plan.segments.end(); row += s->rows, ++s) s->row_begin = row;
   }
   plan.preempted = preempted;
+  plan.work = work_of(plan, {});
+  if (config.cost) plan.predicted = config.cost->predict(plan.work);
+  const bool alone = plan.rows[2] + plan.rows[3] == 0;
+  plan.seconds = alone ? alone_seconds : std::max(train_seconds, plan.rows[3] > 0 ? train_seconds : prompt_seconds);
   return plan;
 }
 

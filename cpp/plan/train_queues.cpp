@@ -1,6 +1,7 @@
 #include "plan/train_queues.h"
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "core/check.h"
@@ -25,24 +26,37 @@ void TrainQueues::add(JobSpec&& spec, uint64_t arrival) {
     require(spec.rows[i] >= 1 && spec.rows[i] <= config_.max_batch_tokens, "[planner] job ", spec.id, " rows of example ", i,
             ": expected 1 .. ", config_.max_batch_tokens, " (max_batch_tokens), got ", spec.rows[i]);
   }
+  require(spec.targets.empty() || spec.targets.size() == spec.rows.size(), "[planner] job ", spec.id, " targets: expected ",
+          spec.rows.size(), " or none, got ", spec.targets.size());
+  require(spec.weight > 0 && std::isfinite(spec.weight), "[planner] job ", spec.id, " weight: expected > 0, got ", spec.weight);
   if (!adapter.training) {
     TrainQueue& queue = blocked_.emplace_back();
     queue.adapter = &adapter;
     queue.list = &blocked_;
     queue.place = std::prev(blocked_.end());
     adapter.training = &queue;
+    weights_.insert(queue.weight);
   }
+  weigh(*adapter.training, spec.weight);
   PlannedJob& job = jobs_[spec.id];
   job.id = spec.id;
   job.queue = adapter.training;
   job.train = spec.train;
   job.barrier = spec.barrier;
   job.arrival = arrival;
+  job.targets = spec.targets.empty() ? spec.rows : std::move(spec.targets);
+  job.lowest_layer = spec.lowest_layer;
   job.rows = std::move(spec.rows);
   queued_ += job.size();
   job.queue->jobs.push_back(&job);
   adapters_.add_user(adapter);
   refresh(*job.queue, false);
+}
+
+void TrainQueues::weigh(TrainQueue& queue, double weight) {
+  weights_.erase(weights_.find(queue.weight));
+  weights_.insert(weight);
+  queue.weight = weight;
 }
 
 // ---------------------------------------------------------------- which example comes next
@@ -84,15 +98,19 @@ int32_t TrainQueues::oldest_rows() const {
   return job->rows[static_cast<size_t>(job->next + job->taken)];
 }
 
-int64_t TrainQueues::backward_age() const { return may_train() || max_layers_ == 0 ? -1 : micro_.passed; }
+int64_t TrainQueues::micro_age() const {
+  const bool forward = micro_.forwarded < micro_.rows.rows;
+  return may_train() || (!forward && max_slices_ == 0) ? -1 : micro_.passed;
+}
 
 // ---------------------------------------------------------------- one plan
 
-void TrainQueues::begin(uint64_t serial, int32_t max_layers) {
+void TrainQueues::begin(uint64_t serial, int32_t max_slices) {
   serial_ = serial;
-  max_layers_ = max_layers < 0 ? config_.num_layers : std::min(max_layers, config_.num_layers);
-  layers_now_ = 0;
+  max_slices_ = max_slices < 0 ? INT32_MAX : max_slices;
+  chunk_now_ = forward_slices_now_ = slices_now_ = 0;
   begins_ = false;
+  fresh_ = {};
   taken_.clear();
   touched_.clear();
   completed_.clear();
@@ -104,6 +122,7 @@ void TrainQueues::touch(TrainQueue& queue) {
   queue.plan_cursor = queue.cursor;
   queue.plan_deficit = queue.deficit;
   queue.served = queue.missed = false;
+  queue.turn = 0;
   touched_.push_back(&queue);
 }
 
@@ -111,6 +130,7 @@ TrainQueues::Take TrainQueues::take(TrainQueue& queue, StepLimits& limits, bool 
   touch(queue);
   PlannedJob* job = next_of(queue, queue.plan_cursor);
   if (!job || (job->train && !may_train())) return Take::nothing;
+  if (config_.slice_rows > 0 && job->train != composing_) return Take::nothing;
   const int32_t example = job->next + job->taken;
   const int32_t rows = job->rows[static_cast<size_t>(example)];
   if (rows > limits.rows_left || (job->train && rows > limits.train_rows_left) || !limits.fits(*queue.adapter->newest)) {
@@ -135,32 +155,58 @@ TrainQueues::Take TrainQueues::take(TrainQueue& queue, StepLimits& limits, bool 
 
 bool TrainQueues::serve_oldest(StepLimits& limits) { return take(*oldest(), limits, true) == Take::taken; }
 
-void TrainQueues::run_backward(StepLimits& limits) {
-  if (may_train() || layers_now_ > 0) return;
+bool TrainQueues::claim_micro(StepLimits& limits) {
   int64_t bytes = 0;
   for (const AdapterVersion* version : micro_.versions) bytes += version->claimed == limits.serial ? 0 : version->bytes;
-  if (bytes > limits.bytes_left) return;
-  layers_now_ = std::min(max_layers_, micro_.layers_left);
-  if (layers_now_ == 0) return;
+  if (bytes > limits.bytes_left) return false;
   for (AdapterVersion* version : micro_.versions) limits.claim(*version);
+  return true;
+}
+
+void TrainQueues::run_backward(StepLimits& limits) {
+  if (may_train() || slices_now_ > 0 || max_slices_ == 0 || !claim_micro(limits)) return;
+  slices_now_ = std::min(max_slices_, micro_.slices_left);
 }
 
 void TrainQueues::serve(StepLimits& limits) {
-  const int64_t quantum = std::max<int64_t>(1, config_.max_batch_tokens / 8);
+  if (may_train()) serve_lists(limits, {&training_, &evaluation_});
+  else serve_lists(limits, {&evaluation_});
+}
+
+void TrainQueues::serve_evaluation(StepLimits& limits) { serve_lists(limits, {&evaluation_}); }
+
+MicroRows::Piece TrainQueues::evaluation() const {
+  MicroRows::Piece sum;
+  for (const Taken& t : taken_) {
+    if (t.job->train) continue;
+    const double rows = t.job->rows[static_cast<size_t>(t.example)];
+    sum.rows += static_cast<int32_t>(rows);
+    sum.pairs += rows * (rows + 1) / 2;
+    sum.heads += t.job->targets[static_cast<size_t>(t.example)];
+  }
+  return sum;
+}
+
+void TrainQueues::serve_lists(StepLimits& limits, std::initializer_list<std::list<TrainQueue>*> lists) {
+  const double heaviest = weights_.empty() ? 1 : *weights_.rbegin();
+  const auto quantum_of = [&](const TrainQueue& queue) {
+    const double share = static_cast<double>(config_.max_batch_tokens) / 8 * queue.weight / heaviest;
+    return std::max<int64_t>(1, static_cast<int64_t>(share));
+  };
   const auto turn = [&](TrainQueue& queue) {  // true: only its credit ended
     touch(queue);
-    queue.plan_deficit = std::min(queue.plan_deficit + quantum, config_.max_batch_tokens);
+    queue.turn = ++turns_;
+    queue.plan_deficit = std::min(queue.plan_deficit + quantum_of(queue), config_.max_batch_tokens);
     Take result = Take::taken;
     while (result == Take::taken && limits.rows_left > 0) result = take(queue, limits, false);
     return result == Take::no_credit;
   };
   std::vector<TrainQueue*> again;
   bool cut = false;
-  for (auto* list : {&training_, &evaluation_}) {
-    if (list == &training_ && !may_train()) continue;
+  for (auto* list : lists) {
     int misses = 0;
     for (TrainQueue& queue : *list) {
-      if (limits.rows_left == 0 || misses == kMisses) break;
+      if (limits.rows_left <= 0 || misses == kMisses) break;
       if (turn(queue)) again.push_back(&queue);
       else misses += queue.served ? 0 : 1;
     }
@@ -169,7 +215,8 @@ void TrainQueues::serve(StepLimits& limits) {
   if (cut) {  // those that have a place in the pool are served though far behind
     for (size_t i = 0; i < limits.claimed.size() && limits.rows_left > 0; ++i) {
       TrainQueue* queue = limits.claimed[i]->adapter->training;
-      if (queue && queue->serial != serial_ && turn(*queue)) again.push_back(queue);
+      const bool listed = queue && std::ranges::find(lists, queue->list) != lists.end();
+      if (listed && queue->serial != serial_ && turn(*queue)) again.push_back(queue);
     }
   }
   while (!again.empty() && limits.rows_left > 0) {
@@ -177,8 +224,56 @@ void TrainQueues::serve(StepLimits& limits) {
   }
 }
 
-void TrainQueues::emit(Plan& plan) {
-  if (begins_) layers_now_ = std::min(max_layers_, config_.num_layers);
+// ---------------------------------------------------------------- a micro-batch that comes in pieces
+
+void TrainQueues::compose(StepLimits& limits, int64_t rows, bool oldest_first) {
+  if (!may_train() || begins_ || training_.empty()) return;
+  const int64_t step_rows = limits.rows_left, hard_rows = limits.hard_rows_left, train_rows = limits.train_rows_left;
+  const int64_t most = config_.max_train_tokens < 0 ? config_.max_batch_tokens : config_.max_train_tokens;
+  TrainQueue& first = training_.front();
+  const PlannedJob* job = next_of(first, first.cursor);
+  // One example alone may be longer than what composition aims at.
+  limits.rows_left = limits.hard_rows_left = std::max<int64_t>(std::min(rows, most), job->rows[static_cast<size_t>(job->next)]);
+  limits.train_rows_left = limits.rows_left;
+  composing_ = true;
+  if (oldest_first) take(first, limits, true);
+  serve_lists(limits, {&training_});
+  composing_ = false;
+  limits.rows_left = step_rows;
+  limits.hard_rows_left = hard_rows;
+  limits.train_rows_left = train_rows;
+  if (begins_) fill_fresh();
+}
+
+void TrainQueues::fill_fresh() {
+  sort_taken();
+  for (const Taken& t : taken_) {
+    if (!t.job->train) continue;
+    const AdapterVersion& version = *t.job->queue->adapter->newest;
+    const auto i = static_cast<size_t>(t.example);
+    fresh_.add({t.job->id, t.example, version.adapter->id, version.version, 0, t.job->rows[i]}, t.job->targets[i],
+               t.job->lowest_layer);
+  }
+  fresh_.cut(config_.slice_rows, config_.rerun);
+}
+
+void TrainQueues::drop_composition() {
+  std::erase_if(taken_, [](const Taken& t) {
+    if (t.job->train) t.job->taken = 0;
+    return t.job->train;
+  });
+  for (TrainQueue* queue : touched_) {
+    if (queue->list != &training_) continue;
+    queue->plan_cursor = queue->cursor;
+    queue->plan_deficit = queue->deficit;
+    queue->missed |= queue->served;
+    queue->served = false;
+  }
+  begins_ = false;
+  fresh_ = {};
+}
+
+void TrainQueues::sort_taken() {
   std::sort(taken_.begin(), taken_.end(), [](const Taken& a, const Taken& b) {
     const auto key = [](const Taken& t) {
       const PlannedAdapter& adapter = *t.job->queue->adapter;
@@ -186,11 +281,53 @@ void TrainQueues::emit(Plan& plan) {
     };
     return key(a) < key(b);
   });
+}
+
+// ---------------------------------------------------------------- the result
+
+void TrainQueues::emit(Plan& plan) {
+  sort_taken();
+  if (config_.slice_rows == 0 && begins_) {
+    fill_fresh();
+    chunk_now_ = fresh_.rows;
+    slices_now_ = std::min(max_slices_, fresh_.slices(config_.num_layers));
+  }
+  const auto list_version = [&](AdapterVersion& version) {
+    if (version.adapter->id < 0 || version.listed == serial_) return;
+    version.listed = serial_;
+    plan.adapters.push_back({version.adapter->id, version.version});
+  };
+  // All of a micro-batch's adapters are named with any piece of it.
+  if (begins_) {
+    for (const Taken& t : taken_) {
+      if (t.job->train) list_version(*t.job->queue->adapter->newest);
+    }
+  } else if (chunk_now_ + forward_slices_now_ + slices_now_ > 0) {
+    for (AdapterVersion* version : micro_.versions) list_version(*version);
+  }
+  const MicroRows& micro = micro_rows();
+  const int32_t begin = forward_begin(), end = begin + chunk_now_;
+  plan.micro_row = chunk_now_ > 0 ? begin : 0;
+  if (begins_) plan.micro_batch = micro.examples;
+  for (const MicroExample& e : micro.examples) {
+    const int32_t first = std::max(begin - e.row_begin, 0), rows = std::min(end - e.row_begin, e.rows) - first;
+    if (rows <= 0) continue;
+    plan.segments.push_back({.kind = Kind::train,
+                             .id = e.job,
+                             .example = e.example,
+                             .adapter = e.adapter,
+                             .version = e.version,
+                             .row_begin = plan.total_rows(),
+                             .rows = rows,
+                             .position = first,
+                             .samples = false});
+    plan.rows[static_cast<size_t>(Kind::train)] += rows;
+  }
   for (const Taken& t : taken_) {
+    if (t.job->train) continue;
     AdapterVersion& version = *t.job->queue->adapter->newest;
-    const Kind kind = t.job->train ? Kind::train : Kind::eval;
     const int32_t rows = t.job->rows[static_cast<size_t>(t.example)];
-    plan.segments.push_back({.kind = kind,
+    plan.segments.push_back({.kind = Kind::eval,
                              .id = t.job->id,
                              .example = t.example,
                              .adapter = version.adapter->id,
@@ -199,29 +336,23 @@ void TrainQueues::emit(Plan& plan) {
                              .rows = rows,
                              .position = 0,
                              .samples = false});
-    plan.rows[static_cast<size_t>(kind)] += rows;
-    if (version.adapter->id >= 0 && version.listed != serial_) {
-      version.listed = serial_;
-      plan.adapters.push_back({version.adapter->id, version.version});
-    }
+    plan.rows[static_cast<size_t>(Kind::eval)] += rows;
+    list_version(version);
   }
-  plan.backward_layers = layers_now_;
+  plan.forward_slices = forward_slices_now_;
+  plan.resumes = forward_slices_now_ > 0 && chunk_now_ == 0;
+  plan.backward_slices = slices_now_;
 
   std::vector<PlannedJob*> completed;
-  for (const Taken& t : taken_) {  // a job's examples are adjacent and counted at its last one
-    if (t.job->train && layers_now_ < config_.num_layers) continue;
+  const int32_t left = micro_.slices_left > 0 ? micro_.slices_left : micro.slices(config_.num_layers);
+  const bool ends = slices_now_ > 0 && slices_now_ == left;  // the micro-batch
+  for (const Taken& t : taken_) {                            // a job's examples are adjacent and counted at its last one
+    if (t.job->train && !ends) continue;
     if (t.example == t.job->size() - 1) completed.push_back(t.job);
   }
-  if (!begins_ && layers_now_ > 0) {
-    for (AdapterVersion* version : micro_.versions) {
-      if (version->listed == serial_) continue;
-      version->listed = serial_;
-      plan.adapters.push_back({version->adapter->id, version->version});
-    }
-    if (layers_now_ == micro_.layers_left) {
-      for (const auto& [job, count] : micro_.examples) {
-        if (job->done + count == job->size()) completed.push_back(job);
-      }
+  if (!begins_ && ends) {
+    for (const auto& [job, count] : micro_.examples) {
+      if (job->done + count == job->size()) completed.push_back(job);
     }
   }
   std::ranges::sort(completed, {}, &PlannedJob::arrival);
@@ -231,7 +362,7 @@ void TrainQueues::emit(Plan& plan) {
 
 // ---------------------------------------------------------------- what a plan leaves behind
 
-void TrainQueues::commit(bool rows_offered, bool layers_offered) {
+std::vector<int64_t> TrainQueues::commit(const Plan& plan, const StepOutcome& outcome, bool rows_offered, bool slices_offered) {
   const bool could_train = may_train();
   if (rows_offered) note_passed();
   for (const Taken& t : taken_) {
@@ -252,18 +383,40 @@ void TrainQueues::commit(bool rows_offered, bool layers_offered) {
     ++micro_.examples.back().second;
   }
   if (begins_) {
-    micro_.layers_left = config_.num_layers;
+    micro_.rows = std::move(fresh_);
     micro_.passed = 0;
   }
-  micro_.passed = layers_now_ > 0 ? 0 : micro_.passed + (layers_offered && !could_train);
-  micro_.layers_left -= layers_now_;
-  if (layers_now_ > 0 && micro_.layers_left == 0) finish_micro_batch();
+  // How far it came: rows, slices of a stopped chunk, slices of backward.
+  const int32_t forward_ran =
+      outcome.forward_slices < 0 ? forward_slices_now_ : std::min(outcome.forward_slices, forward_slices_now_);
+  if (forward_slices_now_ > 0 && !outcome.forward_done) {
+    if (chunk_now_ > 0) micro_.stopped = chunk_now_;
+    micro_.stopped_slices += forward_ran;
+  } else if (chunk_now_ > 0 || forward_slices_now_ > 0) {
+    micro_.forwarded += chunk_now_ > 0 ? chunk_now_ : micro_.stopped;
+    micro_.stopped = micro_.stopped_slices = 0;
+    if (micro_.forwarded == micro_.rows.rows) micro_.slices_left = micro_.rows.slices(config_.num_layers);
+  }
+  int32_t backward_ran = outcome.backward_slices < 0 ? slices_now_ : std::min(outcome.backward_slices, slices_now_);
+  if (micro_.forwarded < micro_.rows.rows) backward_ran = 0;
+  const bool progress = chunk_now_ > 0 || forward_ran > 0 || backward_ran > 0;
+  micro_.passed = progress ? 0 : micro_.passed + (slices_offered && !could_train);
+  micro_.slices_left -= backward_ran;
+  const bool ends = backward_ran > 0 && micro_.slices_left == 0;
+  std::vector<int64_t> completed;
+  for (const int64_t id : plan.completed_jobs) {
+    if (!jobs_.at(id).train || ends) completed.push_back(id);
+  }
+  if (ends) finish_micro_batch();
+  // Where the last round of turns was cut off, the next one goes on: else who comes first in a round would have more of them.
+  std::ranges::stable_sort(touched_, {}, &TrainQueue::turn);
   for (TrainQueue* queue : touched_) {
     queue->deficit = queue->plan_deficit;  // also of who found no room: it comes first next time
     refresh(*queue, queue->served);
   }
-  for (const int64_t id : completed_) forget(jobs_.at(id));
+  for (const int64_t id : completed) forget(jobs_.at(id));
   begin(0, 0);
+  return completed;
 }
 
 // Who is next in turn and got nothing was passed over, and so was who was looked at and found no room.
@@ -302,6 +455,7 @@ void TrainQueues::forget(PlannedJob& job) {
   jobs_.erase(job.id);
   if (queue.jobs.empty()) {
     adapter.training = nullptr;
+    weights_.erase(weights_.find(queue.weight));
     queue.list->erase(queue.place);
   } else {
     refresh(queue, false);
@@ -357,8 +511,15 @@ void TrainQueues::check_invariants() const {
   }
   require<std::logic_error>(queued == queued_ && jobs == jobs_.size(), "[planner] expected ", queued, " queued examples of ", jobs,
                             " jobs, got ", queued_, " of ", jobs_.size());
-  require<std::logic_error>(micro_.layers_left > 0 || (micro_.examples.empty() && micro_.versions.empty()),
+  require<std::logic_error>(micro_.under_way() || (micro_.examples.empty() && micro_.versions.empty() && micro_.slices_left == 0),
                             "[planner] a finished micro-batch is kept");
+  require<std::logic_error>(micro_.forwarded + micro_.stopped <= micro_.rows.rows &&
+                                (micro_.stopped > 0 || micro_.stopped_slices == 0) &&
+                                (micro_.forwarded == micro_.rows.rows) == (micro_.slices_left > 0 || !micro_.under_way()),
+                            "[planner] the micro-batch has ", micro_.rows.rows, " rows, ", micro_.forwarded, " forwarded, ",
+                            micro_.stopped, " stopped and ", micro_.slices_left, " slices left");
+  require<std::logic_error>(weights_.size() == training_.size() + evaluation_.size() + blocked_.size(),
+                            "[planner] the weights of other queues are kept");
 }
 
 }  // namespace loquetier

@@ -1,5 +1,6 @@
 // What a backend fuses beyond the op table, against the reference and against its own single operations: linear_lora with one-row,
-// small and large groups, rows without adapters, mixed ranks and dropout. Same options as op_tests: --backend cpu|cuda, --dtype,
+// small and large groups, rows without adapters, mixed ranks and dropout; linear_lora_backward likewise. Same options as op_tests:
+// --backend cpu|cuda, --dtype,
 // --seed.
 #include "op_cases_lora.h"
 #include "op_harness.h"
@@ -24,11 +25,76 @@ std::vector<LoraShape> fused_shapes() {
   return shapes;
 }
 
+// Batches whose base product and LoRA a device runs as one product of 128 x 256 tiles, two tiles of rows at a time: groups that
+// begin and end beside the edges of tiles, several in one tile, rows without adapter between and behind them, ranks from 8 to 256
+// together, parts that an adapter leaves alone, sums and columns that are no multiple of a tile, more tiles than run at a time. Too
+// large for the reference to be run for every variant of the CPU backend, which does not fuse.
+std::vector<LoraShape> large_shapes() {
+  std::vector<LoraShape> shapes;
+  shapes.push_back({"one group, whole tiles", 512, 128, {256}, {{0, 512, {16}, 0}}});
+  shapes.push_back({"one group, one row more", 513, 64, {264}, {{0, 513, {8}, 0}}});
+  shapes.push_back({"one row less than a tile", 639, 136, {256, 72}, {{0, 639, {64, 40}, 0}}});
+  shapes.push_back({"long sums", 520, 2056, {256}, {{0, 300, {16}, 0}, {300, 220, {40}, 0}}});
+  shapes.push_back({"groups at the edges of tiles",
+                    1300,
+                    192,
+                    {256, 512, 264},
+                    {{0, 1, {8, 8, 8}, 0},
+                     {1, 127, {16, 64, 8}, 0},
+                     {128, 128, {64, 0, 40}, 0},
+                     {256, 129, {128, 8, 16}, 0},
+                     {385, 513, {0, 256, 24}, 0},
+                     {1000, 200, {40, 16, 0}, 0}}});
+  LoraShape narrow{"three and more groups in a tile", 700, 72, {256, 256}, {}};
+  const int32_t ranks[] = {8, 16, 40, 64, 0, 24};
+  for (int32_t g = 0; g < 9; ++g)
+    narrow.groups.push_back({70 * g + 3, g == 8 ? 100 : 50 + g, {ranks[g % 6], ranks[(g + 2) % 6]}, 0});
+  shapes.push_back(narrow);
+  shapes.push_back(
+      {"large ranks", 800, 320, {512, 320}, {{7, 393, {256, 128}, 0}, {400, 130, {64, 256}, 0}, {560, 200, {8, 0}, 0}}});
+  shapes.push_back({"a whole tile without adapter", 1100, 64, {256}, {{0, 384, {16}, 0}, {660, 300, {8}, 0}}});
+  LoraShape tail{"one-row groups behind", 680, 128, {256, 128}, {{0, 400, {16, 16}, 0}, {400, 250, {8, 0}, 0}}};
+  for (int32_t g = 0; g < 20; ++g) tail.groups.push_back({650 + g, 1, {8 * (1 + g % 3), 16}, 0});
+  shapes.push_back(tail);
+  shapes.push_back({"dropout", 900, 128, {256}, {{0, 601, {16}, 0.25}, {601, 250, {8}, 0}}});
+  LoraShape many{"more tiles than run at a time", 4100, 64, {768, 512}, {}};
+  for (int32_t g = 0; g < 16; ++g) many.groups.push_back({256 * g + g % 2, 255, {8 + 8 * (g % 5), 16}, 0});
+  shapes.push_back(many);
+  LoraShape wide{"more tiles of dx than run at a time", 2100, 2056, {64}, {}};
+  for (int32_t g = 0; g < 7; ++g) wide.groups.push_back({300 * g, 299, {g == 3 ? 72 : 8 + 8 * (g % 3)}, 0});
+  shapes.push_back(wide);
+  return shapes;
+}
+
+std::vector<LoraShape> all_shapes(const Rig& rig) {
+  std::vector<LoraShape> shapes = fused_shapes();
+  if (!rig.exact())
+    for (LoraShape& shape : large_shapes()) shapes.push_back(std::move(shape));
+  return shapes;
+}
+
+void check_backward(Rig& rig, const LoraShape& shape) {
+  const std::string label = std::string(" (") + shape.name + ")";
+  LoraRig lora(rig, shape.rows, shape.in, shape.out, shape.groups);
+  const int64_t rank = std::max(lora.max_rank, 8);
+  Host dy = rig.random(shape.rows, lora.columns), w = rig.random(lora.columns, shape.in), ds = rig.random(shape.rows, rank, 4);
+  OnDevice ddy(rig, dy), dw(rig, w), dds(rig, ds), dx(rig, shape.rows, shape.in), apart(rig, shape.rows, shape.in);
+  run_twice({&dx}, [&] { rig.ops().linear_lora_backward(ddy, dw, lora.linear, lora.groups, dds, dx); });
+  Host want = reference::linear_backward(dy, w);
+  reference::lora_backward_x(lora.host, ds, want);
+  expect("linear_lora_backward" + label, dx.get(), want, rig.bound(6e-6));
+
+  rig.ops().linear_backward(ddy, dw, apart, false);
+  rig.ops().lora_backward_x(lora.linear, lora.groups, dds, apart);
+  if (rig.deterministic()) CHECK(dx.download() == apart.download());
+  else expect("linear_lora_backward and its parts" + label, dx.get(), apart.get(), rig.bound(6e-6));
+}
+
 }  // namespace
 
 TEST(linear_lora_against_the_reference) {
   for_each_rig([](Rig& rig) {
-    for (const LoraShape& shape : fused_shapes()) {
+    for (const LoraShape& shape : all_shapes(rig)) {
       const std::string label = std::string(" (") + shape.name + ")";
       LoraRig lora(rig, shape.rows, shape.in, shape.out, shape.groups);
       const int64_t rank = std::max(lora.max_rank, 8);
@@ -60,6 +126,38 @@ TEST(linear_lora_against_the_reference) {
   });
 }
 
+TEST(linear_lora_backward_against_the_reference) {
+  for_each_rig([](Rig& rig) {
+    for (const LoraShape& shape : all_shapes(rig)) check_backward(rig, shape);
+  });
+}
+
+// Groups of one tile take part in each other's steps with zeros; a row that is not finite must not reach its neighbours that way.
+TEST(a_row_that_is_not_finite_stays_alone) {
+  for_each_rig([](Rig& rig) {
+    const int64_t rows = 640, in = 128, out = 256, bad = 130;
+    LoraRig lora(rig, rows, in, {out}, {{0, 129, {16}, 0}, {129, 60, {8}, 0}, {200, 440, {40}, 0}});
+    Host x = rig.random(rows, in), w = rig.random(out, in), dy = rig.random(rows, out), ds = rig.random(rows, 40);
+    const auto poison = [&](Host& m) {
+      for (int64_t j = 0; j < m.cols; ++j) m(bad, j) = j % 2 == 0 ? std::numeric_limits<double>::quiet_NaN() : HUGE_VAL;
+    };
+    for (Host* m : {&x, &dy, &ds}) poison(*m);
+    OnDevice dev_x(rig, x), dev_w(rig, w), dev_dy(rig, dy), dev_ds(rig, ds), s(rig, rows, 40), y(rig, rows, out), dx(rig, rows, in);
+    rig.ops().linear_lora(dev_x, dev_w, {}, lora.linear, lora.groups, s, y);
+    rig.ops().linear_lora_backward(dev_dy, dev_w, lora.linear, lora.groups, dev_ds, dx);
+    for (const OnDevice* t : {&y, &dx}) {
+      const Host got = t->get();
+      int64_t finite = 0;
+      for (int64_t i = 0; i < rows; ++i) {
+        if (i == bad) continue;
+        for (int64_t j = 0; j < got.cols; ++j) finite += std::isfinite(got(i, j));
+      }
+      CHECK_EQ(finite, (rows - 1) * got.cols);
+      CHECK(!std::isfinite(got(bad, 0)));
+    }
+  });
+}
+
 TEST(linear_lora_refuses_bad_shapes) {
   for_each_rig([](Rig& rig) {
     LoraRig lora(rig, 4, 64, {32}, {{0, 4, {8}, 0}});
@@ -71,5 +169,11 @@ TEST(linear_lora_refuses_bad_shapes) {
     CHECK_THROWS(InvalidArgument, "s: expected at least 8 columns",
                  rig.ops().linear_lora(dx, dw, {}, lora.linear, lora.groups, narrow, good));
     CHECK(y.download() == before);
+
+    OnDevice dy(rig, 4, 32), ds(rig, 4, 8), wrong(rig, 4, 63);
+    const auto untouched = wrong.download();
+    CHECK_THROWS(InvalidArgument, "dx: expected [4, 64]",
+                 rig.ops().linear_lora_backward(dy, dw, lora.linear, lora.groups, ds, wrong));
+    CHECK(wrong.download() == untouched);
   });
 }

@@ -163,7 +163,7 @@ TEST(replays_beside_a_backward_in_slices) {
     Hosted hosted(options);
     hosted->add_adapter("served", lora(8, 1));
     hosted->add_adapter("learner", lora(4, 2));
-    EngineAccess::impl(*hosted.engine).budget.max_backward_layers = 1;  // so most steps have decodes and a slice
+    EngineAccess::impl(*hosted.engine).budget.max_backward_slices = 1;  // so most steps have decodes and a slice
     std::mt19937 random(4);
     for (int i = 0; i < 5; ++i) hosted->submit_infer(tokens(random, 4), infer(i % 2 ? "served" : "", 30));
     for (int i = 0; i < 6; ++i) hosted->submit_train("learner", examples(static_cast<uint32_t>(i), 2, 9), with_optimizer());

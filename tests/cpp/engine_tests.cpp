@@ -154,7 +154,7 @@ TEST(backward_cut_at_random_places_gives_the_same_weights) {
     for (int i = 0; i < 6; ++i) engine.submit_infer(tokens(prompts, 7), {.adapter = i % 2 ? "served" : "a", .sampling = greedy(9)});
     int steps = 0;
     while (engine.has_work() && ++steps < 1000) {
-      EngineAccess::impl(engine).budget.max_backward_layers = cut ? static_cast<int32_t>(random() % 3) + (steps % 4 == 0) : -1;
+      EngineAccess::impl(engine).budget.max_backward_slices = cut ? static_cast<int32_t>(random() % 3) + (steps % 4 == 0) : -1;
       engine.step();
     }
     CHECK(steps < 1000);
@@ -216,7 +216,7 @@ TEST(an_exception_while_a_backward_is_cut_over_steps) {
   Engine engine(tiny_model(), small_options());
   engine.add_adapter("learner", lora(8, 2));
   auto& inside = EngineAccess::impl(engine);
-  inside.budget.max_backward_layers = 1;
+  inside.budget.max_backward_slices = 1;
   const int64_t lost = engine.submit_train("learner", examples(6, 2, 12), with_optimizer());
   engine.step();
   inside.probe = [](const char* now) {
@@ -380,7 +380,7 @@ TEST(random_work_ends_every_id_once_and_gives_everything_back) {
       std::advance(it, static_cast<long>(pick(open.size())));
       engine.cancel(*it);
     }
-    inside.budget.max_backward_layers = random() % 2 ? -1 : static_cast<int32_t>(random() % 3);
+    inside.budget.max_backward_slices = random() % 2 ? -1 : static_cast<int32_t>(random() % 3);
     StepResult result = engine.step();
     for (const auto& r : result.finished) open.erase(r.request_id);
     for (const auto& r : result.trained) open.erase(r.job_id);
@@ -388,7 +388,7 @@ TEST(random_work_ends_every_id_once_and_gives_everything_back) {
     outcome.take(std::move(result));
     inside.core->planner.check_invariants();
   }
-  inside.budget.max_backward_layers = -1;
+  inside.budget.max_backward_slices = -1;
   for (int i = 0; engine.has_work() && i < 100000; ++i) outcome.take(engine.step());
   CHECK(!engine.has_work());
   CHECK_EQ(static_cast<int64_t>(outcome.requests.size() + outcome.trained.size() + outcome.evaluated.size()), submitted);

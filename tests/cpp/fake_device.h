@@ -192,6 +192,7 @@ class FakeOps : public Ops {
   }
   void swiglu(TensorView, TensorView) override { none(); }
   void swiglu_backward(TensorView, TensorView, TensorView) override { none(); }
+  void swiglu_and_backward(TensorView, TensorView, TensorView, TensorView) override { none(); }
   void token_loss(TensorView, const LossRow*, TensorView, float*, float*) override { none(); }
   void sample(TensorView, const SampleBatch&, int32_t*, float*, TensorView, TensorView) override { none(); }
   void grad_norm(const AdamBatch&, float*) override { none(); }

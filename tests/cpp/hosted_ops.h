@@ -113,6 +113,9 @@ class HostedOps : public Ops {
   void swiglu_backward(TensorView gate_up, TensorView dy, TensorView dgate_up) override {
     run([=, this] { cpu_->swiglu_backward(gate_up, dy, dgate_up); });
   }
+  void swiglu_and_backward(TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y) override {
+    run([=, this] { cpu_->swiglu_and_backward(gate_up, dy, dgate_up, y); });
+  }
   void token_loss(TensorView logits, const LossRow* rows, TensorView dlogits, float* logprob, float* loss) override {
     run([=, this] { cpu_->token_loss(logits, rows, dlogits, logprob, loss); });
   }

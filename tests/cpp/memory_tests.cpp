@@ -98,23 +98,24 @@ TEST(an_engine_takes_its_plan_at_start_and_steps_take_nothing) {
   for (const char* name : {"a", "b", "c"}) hosted->submit_train(name, examples(1, 1, 5), with_optimizer());
   drain(*hosted.engine);  // training state and host copies are made at an adapter's first use
   const int64_t allocated = hosted.ops->fake().allocated;
-  int64_t most_uploads = 0, most_downloads = 0;
+  int64_t most_downloads = 0;
   for (int i = 0; i < 200; ++i) {
     for (int k = static_cast<int>(random() % 3); k > 0; --k)
       hosted->submit_infer(tokens(random, 1 + static_cast<int>(random() % 60)), infer(names[random() % 4], 1 + random() % 20));
     if (random() % 2)
       hosted->submit_train(names[1 + random() % 3], examples(random(), 1 + static_cast<int>(random() % 4), 2 + random() % 30),
                            random() % 2 ? with_optimizer() : TrainOptions{});
-    EngineAccess::impl(*hosted.engine).budget.max_backward_layers = random() % 2 ? -1 : 1;
-    const int64_t uploads = hosted.ops->fake().uploads, downloads = hosted.ops->fake().downloads;
+    EngineAccess::impl(*hosted.engine).budget.max_backward_slices = random() % 2 ? -1 : 1;
+    const int64_t uploads = hosted.ops->fake().uploads, downloads = hosted.ops->fake().downloads,
+                  trained = hosted->stats().train_tokens;
     hosted->step();
-    most_uploads = std::max(most_uploads, hosted.ops->fake().uploads - uploads);
+    const bool begins = hosted->stats().train_tokens > trained;  // a micro-batch: its tables are a block of their own
+    CHECK(hosted.ops->fake().uploads - uploads <= (begins ? 2 : 1));
     most_downloads = std::max(most_downloads, hosted.ops->fake().downloads - downloads);
   }
   CHECK_EQ(hosted.ops->fake().allocated, allocated);
-  CHECK_EQ(most_uploads, 1);
   CHECK_EQ(most_downloads, 1);
-  EngineAccess::impl(*hosted.engine).budget.max_backward_layers = -1;
+  EngineAccess::impl(*hosted.engine).budget.max_backward_slices = -1;
   drain(*hosted.engine);
   CHECK_EQ(hosted->stats().metadata_bytes, plan.metadata_bytes);
 }
@@ -177,6 +178,7 @@ TEST(adapters_come_ahead_of_need_and_answers_stay_the_same) {
 
 TEST(training_state_beyond_its_share_ends_the_job_and_leaves_a_working_engine) {
   EngineOptions options = small_options();
+  options.adapter_pool_bytes = 3 << 20;  // what is taken last must not be less than the start needs for a moment
   Hosted probe(options);
   const MemoryPlan& at = EngineAccess::impl(*probe.engine).memory;
   options.memory_fraction = 1;

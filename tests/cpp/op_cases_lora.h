@@ -11,6 +11,7 @@ struct GroupSpec {
   int64_t row_begin = 0, rows = 0;
   std::vector<int32_t> ranks;  // one per part; empty: no adapter
   double dropout = 0;
+  bool trained = true;
 };
 
 class LoraRig {
@@ -45,8 +46,10 @@ class LoraRig {
       if (!specs[g].ranks.empty()) {
         group.sites = sites_device_[g]->data();
         group.host_sites = sites_[g].data();
-        group.grads = grads_device_[g]->data();
-        group.host_grads = grads_[g].data();
+        if (specs[g].trained) {
+          group.grads = grads_device_[g]->data();
+          group.host_grads = grads_[g].data();
+        }
       }
       table_.push_back(group);
     }
@@ -74,6 +77,19 @@ class LoraRig {
       }
     }
     return all;
+  }
+
+  // Fills the gradients on the device with what they are to add to, rounding it in place.
+  void set_gradients(Rig& rig, std::vector<std::vector<reference::LoraGradOf<double>>>& start) {
+    for (size_t g = 0; g < start.size(); ++g)
+      for (size_t p = 0; p < start[g].size(); ++p)
+        for (auto [matrix, to] :
+             {std::pair{&start[g][p].da, grads_[g][1].part[p].da}, std::pair{&start[g][p].db, grads_[g][1].part[p].db}}) {
+          std::vector<float> values(matrix->values.begin(), matrix->values.end());
+          std::copy(values.begin(), values.end(), matrix->values.begin());
+          if (!values.empty()) rig.device().copy_to_device(to, values.data(), values.size() * sizeof(float));
+          rig.device().synchronize();
+        }
   }
 
   reference::LoraCase<double> host;

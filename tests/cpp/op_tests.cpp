@@ -91,6 +91,17 @@ TEST(linear) {
       for (const int64_t t : {1, 2, 3, 4, 6, 33, 49, 61})
         for (const int64_t n : {1, 3, 5, 31, 33, 97, 129})
           for (const int64_t k : {1, 15, 17, 33}) shapes.push_back({t, n, k});
+    else  // few rows on a device: shares of k, several tiles a block, tiles and k that end early
+      for (const Shape& s : std::vector<Shape>{{1, 512, 4096},
+                                               {16, 4096, 1024},
+                                               {17, 6144, 520},
+                                               {64, 40000, 64},
+                                               {64, 7168, 512},
+                                               {63, 264, 2056},
+                                               {65, 1000, 1096},
+                                               {128, 520, 2048},
+                                               {100, 17000, 128}})
+        shapes.push_back(s);
     for (const Shape& s : shapes)
       for (const bool with_bias : {false, true}) {
         Host x = rig.random(s.t, s.k), w = rig.random(s.n, s.k), bias = rig.random(1, s.n), none;
@@ -167,6 +178,12 @@ TEST(lora_forward_and_backward) {
       run_twice({&ddx}, [&] { rig.ops().lora_backward_x(lora.linear, lora.groups, ds_in, ddx); });
       reference::lora_backward_x(lora.host, s_in, dx);
       expect("lora_backward_x" + label, ddx.get(), dx, rig.bound(2e-6));
+      Host w = rig.random(lora.columns, shape.in);
+      OnDevice dw(rig, w), all(rig, shape.rows, shape.in);
+      run_twice({&all}, [&] { rig.ops().linear_lora_backward(ddy, dw, lora.linear, lora.groups, ds_in, all); });
+      Host want_all = reference::linear_backward(dy, w);
+      reference::lora_backward_x(lora.host, s_in, want_all);
+      expect("linear_lora_backward" + label, all.get(), want_all, rig.bound(2e-6));
 
       // Gradients add: after two calls, twice one call's.
       Host ds2 = rig.random(shape.rows, rank);
@@ -388,6 +405,13 @@ TEST(swiglu_and_backward) {
         expect("swiglu_backward", d.get(), reference::swiglu_backward(gate_up, dy), rig.bound(6e-7));
         run_twice({&dgate_up}, [&] { rig.ops().swiglu_backward(dgate_up, ddy, dgate_up); });
         CHECK(dgate_up.get().values == d.get().values);
+        OnDevice again(rig, gate_up), both(rig, dy), apart(rig, rows, 2 * n), y2(rig, rows, n);
+        run_twice({&apart, &y2}, [&] { rig.ops().swiglu_and_backward(again, ddy, apart, y2); });
+        CHECK(apart.get().values == d.get().values);
+        CHECK(y2.get().values == y.get().values);
+        run_twice({&again, &both}, [&] { rig.ops().swiglu_and_backward(again, both, again, both); });
+        CHECK(again.get().values == d.get().values);
+        CHECK(both.get().values == y.get().values);
       }
   });
 }

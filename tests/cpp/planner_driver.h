@@ -228,9 +228,9 @@ class Driver {
     StepBudget budget;
     if (random_budget && chance(30)) budget.max_rows = chance(15) ? 0 : pick(1, config_.max_batch_tokens);
     if (random_budget && chance(40))
-      budget.max_backward_layers = static_cast<int32_t>(chance(15) ? 0 : pick(1, config_.num_layers));
+      budget.max_backward_slices = static_cast<int32_t>(chance(15) ? 0 : pick(1, config_.num_layers));
     const PlannerStats before = planner_.stats();
-    const int32_t pending_before = planner_.pending_backward_layers();
+    const int32_t pending_before = planner_.pending_backward_slices();
     std::map<int64_t, size_t> pages_before;
     for (const auto& [id, r] : requests_) pages_before[id] = planner_.pages(id).size();
     const Plan plan = planner_.plan(budget);
@@ -249,7 +249,7 @@ class Driver {
       planner_.check_invariants();
       const PlannerStats after = planner_.stats();
       const auto preempted = static_cast<int64_t>(plan.preempted.size());
-      expect(after.queued_examples == before.queued_examples && planner_.pending_backward_layers() == pending_before,
+      expect(after.queued_examples == before.queued_examples && planner_.pending_backward_slices() == pending_before,
              "abort lost training work");
       expect(after.waiting == before.waiting + preempted && after.running == before.running - preempted, "abort lost a request");
       expect(after.cached_tokens == before.cached_tokens, "abort counted cached tokens");
@@ -259,7 +259,7 @@ class Driver {
       }
       if (preempted == 0 && !config_.prefix_caching) {
         const Plan again = planner_.plan(budget);
-        expect(again.segments.size() == plan.segments.size() && again.backward_layers == plan.backward_layers,
+        expect(again.segments.size() == plan.segments.size() && again.backward_slices == plan.backward_slices,
                "another plan after abort");
         for (size_t i = 0; i < plan.segments.size(); ++i) {
           const Segment &a = plan.segments[i], &b = again.segments[i];
@@ -317,7 +317,7 @@ class Driver {
     seen_.long_examples += row > offered;
     expect(planner_.stats().running <= config_.max_sequences, "too many sequences run");
     check_training(plan, budget, examples);
-    if (plan.backward_layers > 0 && micro_.layers > 0) uses.insert(micro_.uses.begin(), micro_.uses.end());
+    if (plan.backward_slices > 0 && micro_.layers > 0) uses.insert(micro_.uses.begin(), micro_.uses.end());
     int64_t bytes = 0;
     for (const Use& use : uses) bytes += bytes_of(use);
     expect(bytes <= config_.adapter_pool_bytes, bytes, " bytes of adapters, pool ", config_.adapter_pool_bytes);
@@ -370,19 +370,19 @@ class Driver {
       }
       expect(i == planned.size(), "adapter ", adapter, ": an example is out of turn or passes a barrier");
     }
-    const int32_t cap = budget.max_backward_layers < 0 ? config_.num_layers : budget.max_backward_layers;
+    const int32_t cap = budget.max_backward_slices < 0 ? config_.num_layers : budget.max_backward_slices;
     const bool begins = plan.rows[0] > 0;
     expect(!begins || micro_.layers == 0, "a micro-batch begins while another is under way");
     const int32_t layers = begins ? config_.num_layers : micro_.layers;
-    expect(plan.backward_layers <= std::min(cap, layers), "too many backward layers");
-    expect(!begins || plan.backward_layers == std::min(cap, layers), "a new micro-batch does not use its layers");
-    seen_.cut_backwards += plan.backward_layers > 0 && plan.backward_layers < layers;
+    expect(plan.backward_slices <= std::min(cap, layers), "too many backward layers");
+    expect(!begins || plan.backward_slices == std::min(cap, layers), "a new micro-batch does not use its layers");
+    seen_.cut_backwards += plan.backward_slices > 0 && plan.backward_slices < layers;
     std::vector<int64_t> completed;
     for (const auto& [id, job] : jobs_) {
       int32_t planned = 0;
       for (const auto& example : examples[job.adapter]) planned += example.first == id;
       const auto in_flight = micro_.examples.find(id);
-      const bool backward_ends = plan.backward_layers == layers;
+      const bool backward_ends = plan.backward_slices == layers;
       int32_t done = job.done + (!job.train || (begins && backward_ends) ? planned : 0);
       if (!begins && backward_ends && in_flight != micro_.examples.end()) done += in_flight->second;
       if (done == static_cast<int32_t>(job.rows.size())) completed.push_back(id);
@@ -420,13 +420,13 @@ class Driver {
       r.decoding = s.samples;
     }
     if (plan.rows[0] > 0) micro_.layers = config_.num_layers;
-    const bool fair = budget.max_rows != 0 && budget.max_backward_layers != 0;
+    const bool fair = budget.max_rows != 0 && budget.max_backward_slices != 0;
     wait(plan, served, trained, fair);
     planner_.commit(plan);
-    micro_.layers -= plan.backward_layers;
-    expect(planner_.pending_backward_layers() == micro_.layers, "backward layers left: ", planner_.pending_backward_layers(),
+    micro_.layers -= plan.backward_slices;
+    expect(planner_.pending_backward_slices() == micro_.layers, "backward layers left: ", planner_.pending_backward_slices(),
            ", expected ", micro_.layers);
-    if (plan.backward_layers > 0 && micro_.layers == 0) {
+    if (plan.backward_slices > 0 && micro_.layers == 0) {
       for (const auto& [id, count] : micro_.examples) jobs_.at(id).done += count;
       micro_ = {};
     }
@@ -497,7 +497,7 @@ class Driver {
     };
     queue(-1, base_);
     for (auto& [id, a] : adapters_) queue(id, a);
-    micro_.waited = plan.backward_layers > 0 || micro_.layers == 0 ? 0 : micro_.waited + fair;
+    micro_.waited = plan.backward_slices > 0 || micro_.layers == 0 ? 0 : micro_.waited + fair;
     seen_.longest_backward_wait = std::max(seen_.longest_backward_wait, micro_.waited);
     expect(micro_.waited < 100, "the backward has waited ", micro_.waited, " steps");
   }

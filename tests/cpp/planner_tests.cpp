@@ -442,13 +442,13 @@ TEST(training_gets_its_turn_in_a_full_pool) {
   planner.add_job(job(2, 1, {4}));
   int waited = 0;
   while (planner.stats().queued_examples > 0) {
-    const Plan plan = step(planner, {.max_backward_layers = 1});
+    const Plan plan = step(planner, {.max_backward_slices = 1});
     CHECK_EQ(plan.adapters.size(), 1u);
     CHECK(++waited < 20);
   }
   CHECK_EQ(waited, config().starvation_steps + 1);
-  while (planner.pending_backward_layers() > 0) {
-    step(planner, {.max_backward_layers = 1});
+  while (planner.pending_backward_slices() > 0) {
+    step(planner, {.max_backward_slices = 1});
     CHECK(++waited < 60);
   }
 }
@@ -459,24 +459,24 @@ TEST(backward_is_cut_over_steps_and_blocks_the_next_micro_batch) {
   Planner planner(config());
   planner.add_adapter(1, 1, 0);
   planner.add_job(job(10, 1, {20, 20, 40}));
-  Plan plan = step(planner, {.max_backward_layers = 3});
+  Plan plan = step(planner, {.max_backward_slices = 3});
   CHECK_EQ(plan.rows[0], 40);
-  CHECK_EQ(plan.backward_layers, 3);
-  CHECK_EQ(planner.pending_backward_layers(), 1);
+  CHECK_EQ(plan.backward_slices, 3);
+  CHECK_EQ(planner.pending_backward_slices(), 1);
   CHECK_EQ(planner.stats().queued_examples, 1);
   planner.add_job(job(11, -1, {5}, false, false));
-  plan = step(planner, {.max_backward_layers = 3});
+  plan = step(planner, {.max_backward_slices = 3});
   CHECK_EQ(plan.rows[0], 0);
   CHECK_EQ(plan.rows[1], 5);  // evaluation needs no backward and does not wait for one
-  CHECK_EQ(plan.backward_layers, 1);
+  CHECK_EQ(plan.backward_slices, 1);
   CHECK_EQ(plan.adapters.size(), 1u);
   CHECK_EQ(plan.completed_jobs, Ids{11});
-  plan = step(planner, {.max_backward_layers = 0});
+  plan = step(planner, {.max_backward_slices = 0});
   CHECK_EQ(plan.rows[0], 40);
-  CHECK_EQ(plan.backward_layers, 0);
+  CHECK_EQ(plan.backward_slices, 0);
   CHECK(plan.completed_jobs.empty());
   plan = step(planner);
-  CHECK_EQ(plan.backward_layers, 4);
+  CHECK_EQ(plan.backward_slices, 4);
   CHECK_EQ(plan.completed_jobs, Ids{10});
   CHECK(!planner.has_work());
 }
@@ -488,9 +488,9 @@ TEST(a_barrier_ends_before_the_next_job_begins) {
   planner.add_job(job(2, 1, {4}, true));
   planner.add_job(job(3, 1, {4}, false, false));
   planner.add_job(job(4, 1, {4}));
-  Plan plan = step(planner, {.max_backward_layers = 2});
+  Plan plan = step(planner, {.max_backward_slices = 2});
   CHECK_EQ(ids(plan), (Ids{1, 2}));  // without a barrier between them they share a step
-  plan = step(planner, {.max_backward_layers = 2});
+  plan = step(planner, {.max_backward_slices = 2});
   CHECK_EQ(ids(plan), Ids{});
   CHECK_EQ(plan.completed_jobs, (Ids{1, 2}));
   planner.set_version(1, 1);
@@ -572,20 +572,20 @@ TEST(a_removed_job_leaves_the_micro_batch_to_end) {
   planner.add_adapter(1, 1, 0);
   planner.add_job(job(1, 1, {4, 4}, true));
   planner.add_job(job(2, 1, {4}));
-  step(planner, {.max_backward_layers = 1});
+  step(planner, {.max_backward_slices = 1});
   CHECK(planner.remove_job(1));
   CHECK(!planner.remove_job(1));
-  Plan plan = step(planner, {.max_backward_layers = 1});
+  Plan plan = step(planner, {.max_backward_slices = 1});
   CHECK_EQ(plan.rows[0], 0);
-  CHECK_EQ(plan.backward_layers, 1);
+  CHECK_EQ(plan.backward_slices, 1);
   plan = step(planner);
-  CHECK_EQ(plan.backward_layers, 2);
+  CHECK_EQ(plan.backward_slices, 2);
   CHECK_EQ(plan.completed_jobs.size(), 0u);
   CHECK_EQ(step(planner).completed_jobs, Ids{2});
   planner.add_job(job(3, 1, {4}));
-  step(planner, {.max_backward_layers = 1});
+  step(planner, {.max_backward_slices = 1});
   planner.abandon_backward();
-  CHECK_EQ(planner.pending_backward_layers(), 0);
+  CHECK_EQ(planner.pending_backward_slices(), 0);
   CHECK(!planner.has_work());
 }
 
@@ -598,7 +598,7 @@ TEST(abort_puts_everything_back) {
   step(planner);
   planner.add_request(request(2, 1, 9, 9));
   planner.add_job(job(3, 1, {4, 5}, true));
-  const Plan first = planner.plan({.max_backward_layers = 1});
+  const Plan first = planner.plan({.max_backward_slices = 1});
   CHECK_EQ(first.segments.size(), 4u);
   CHECK_THROWS(std::logic_error, "a plan is open", planner.plan());
   CHECK_THROWS(std::logic_error, "a plan is open", planner.finish(1));
@@ -607,10 +607,10 @@ TEST(abort_puts_everything_back) {
   CHECK_THROWS(std::logic_error, "no plan is open", planner.abort(first));
   planner.check_invariants();
   CHECK_EQ(planner.stats().queued_examples, 2);
-  CHECK_EQ(planner.pending_backward_layers(), 0);
+  CHECK_EQ(planner.pending_backward_slices(), 0);
   CHECK_EQ(planner.stats().waiting, 1);
   CHECK_EQ(planner.pages(1).size(), 2u);
-  const Plan second = planner.plan({.max_backward_layers = 1});
+  const Plan second = planner.plan({.max_backward_slices = 1});
   CHECK_EQ(ids(second), ids(first));
   CHECK_EQ(at(second, 2).position, 8);
   planner.commit(second);

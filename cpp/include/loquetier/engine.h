@@ -50,8 +50,18 @@ struct EngineStats {
   // Recorded decode steps: recordings made, steps that replayed one, how many are kept, time spent recording.
   int64_t graph_captures = 0, graph_replays = 0, graphs = 0;
   double graph_seconds = 0;
-  double step_seconds = 0;  // spent inside step(), in all
-  double host_seconds = 0;  // of these, on planning, tables, launches and results: not computing (CPU) or waiting for the device
+  double step_seconds = 0;  // host time spent inside step(), in all
+  double host_seconds = 0;  // of it, on planning, tables, launches and results: not computing (CPU) or waiting for the device
+  double training_seconds =
+      0;  // of it, that training took beyond what the requests' rows would have taken alone (by the cost model)
+  double last_step_seconds = 0, last_step_predicted = 0;
+  double prediction_error_median = 0,
+         prediction_error_p95 = 0;                  // |predicted - measured| / measured of the last 512 steps; NaN: none
+  int64_t slices = 0;                               // pieces of training launched apart from a step's batch
+  int64_t interrupted_steps = 0;                    // that ended their training early because a request came
+  int64_t deadlines_met = 0, deadlines_missed = 0;  // of first tokens; rejected requests are missed
+  int64_t rejected_requests = 0;
+  std::string cost_model = {};  // the fitted cost model as text
 };
 
 // A copy of one adapter tensor by its PEFT key.
@@ -106,6 +116,9 @@ class Engine {
 
   // ---- state
   EngineStats stats() const;
+  // Writes a trace of every step from now on (Chrome trace events, JSON; opens in Perfetto) until stop_trace() or close().
+  void start_trace(const std::filesystem::path& path);
+  void stop_trace();
   // Every adapter with its training state, in one folder (temporary name, synced, renamed). Requests and queued jobs are not in it.
   void save_checkpoint(const std::filesystem::path& folder) const;
   void load_checkpoint(const std::filesystem::path& folder);  // into an engine without adapters of those names

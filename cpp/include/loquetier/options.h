@@ -57,7 +57,7 @@ struct SamplingParams {
   bool prompt_logprobs = false;  // log-probability of every prompt token but the first
 };
 
-enum class FinishReason : uint8_t { none, stop, length, cancelled, error };
+enum class FinishReason : uint8_t { none, stop, length, cancelled, error, rejected };  // rejected: late, and asked not to be served
 
 struct TokenLogprob {
   int32_t token_id = 0;
@@ -84,7 +84,12 @@ struct InferResult {
   std::vector<float> prompt_logprobs = {};  // one per prompt token when asked for, the first is NaN
   FinishReason finish_reason = FinishReason::none;
   std::string adapter = {};
-  std::string error = {};  // when finish_reason is error
+  std::string error = {};    // when finish_reason is error or rejected
+  double queue_seconds = 0;  // from submission to the step that computed its first row
+  double ttft_seconds = 0;   // from submission to the first token; 0 without one
+  double tpot_seconds = 0;   // mean time per token after the first; 0 with fewer than two
+  int64_t preemptions = 0;   // times its pages were taken and its rows computed again
+  bool deadline_met = true;  // false: it had a deadline and its first token came later
 };
 
 // ---------------------------------------------------------------- training
@@ -114,6 +119,7 @@ struct TrainOptions {
   std::string reduction = "mean";          // over the mini-batch's unmasked targets; or "sum"
   std::optional<AdamW> optimizer = {};     // none: gradients accumulate until a later call has one
   double clip_low = 0.2, clip_high = 0.2;  // ppo
+  double weight = 1;                       // > 0: share of training rows beside other adapters in training
 };
 
 struct TrainResult {
@@ -122,9 +128,12 @@ struct TrainResult {
   int64_t version = 0;  // of the adapter after this job
   double loss = 0;      // reduced as asked
   int64_t num_targets = 0;
-  double grad_norm = 0;     // before clipping; NaN when the job had no optimizer
-  bool applied = false;     // an optimizer step happened
-  std::string reason = {};  // why not: "accumulated", "non-finite gradient", "cancelled", "error: …"
+  double grad_norm = 0;      // before clipping; NaN when the job had no optimizer
+  bool applied = false;      // an optimizer step happened
+  std::string reason = {};   // why not: "accumulated", "non-finite gradient", "cancelled", "error: …"
+  double queue_seconds = 0;  // from submission to the step that computed its first row
+  double seconds = 0;        // from submission to the end
+  int64_t steps = 0;         // that computed rows or backward slices of it
 };
 
 struct EvalResult {
@@ -149,8 +158,16 @@ struct StepResult {
 struct InferOptions {
   std::string adapter = {};  // empty: base model
   SamplingParams sampling = {};
-  int priority = 0;          // higher is served first
-  bool pin_version = false;  // keep the adapter version the request began with
+  int priority = 0;                        // higher is served first
+  bool pin_version = false;                // keep the adapter version the request began with
+  std::optional<double> deadline_ms = {};  // of the first token, from submission; default: the engine's ttft_ms
+  bool reject_late = false;  // end with reason "rejected" once the deadline cannot be met; default: serve late, counted as missed
+};
+
+// What serving is to keep while training takes the rest.
+struct LatencyTarget {
+  double ttft_ms = 1000;  // from submission to the first token, > 0
+  double tpot_ms = 50;    // mean time per output token after the first, > 0
 };
 
 struct EngineOptions {
@@ -169,8 +186,11 @@ struct EngineOptions {
   uint64_t seed = 0;
   int num_threads = 0;  // CPU backend; 0: the processors this process may use
   bool prefix_caching = true;
-  bool cuda_graphs = true;  // steps of decodes alone replay recorded launches (CUDA)
-  int page_size = 16;       // tokens per KV page, a power of two
+  bool cuda_graphs = true;                    // steps of decodes alone replay recorded launches (CUDA)
+  int page_size = 16;                         // tokens per KV page, a power of two
+  std::optional<LatencyTarget> latency = {};  // none: throughput, whole micro-batches
+  int slice_rows = 0;  // rows of a piece of training work; 0: whole micro-batches, or from the device's speed with a target
+  std::string trace_path = {};  // a Chrome / Perfetto trace (JSON) of every step is written there; empty: none
 };
 
 }  // namespace loquetier

@@ -1,0 +1,58 @@
+// A micro-batch from its first row's forward to the end of its backward: what of its examples the steps need (the jobs may be
+// cancelled meanwhile), the training view over all of its rows, and the blocks that slices of its backward are about.
+//
+// Its arrays lie in a metadata block of its own, which is sent once, and again when the adapters have left the pool and come back
+// elsewhere.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "engine/blob.h"
+#include "engine/records.h"
+#include "model/model.h"
+#include "plan/batch.h"
+#include "plan/slices.h"
+
+namespace loquetier {
+
+struct MicroExampleData {
+  MicroExample place;
+  PreparedExample data;
+  AdapterPtr adapter;
+  uint64_t key = 0;  // of its dropout masks: a row's is mix_key(key, position)
+};
+
+struct MicroBatch {
+  std::vector<MicroExampleData> examples;  // in row order
+  BatchView view;                          // its training part, over all rows
+  Saved saved;
+  std::vector<BackwardSlice> layer_slices;
+  std::vector<BackwardBlock> blocks;                     // beside layer_slices; empty when a slice is a whole layer
+  int32_t slices_left = 0;                               // of backward
+  int32_t rank = 0;                                      // largest of its adapters
+  int64_t forwarded = 0;                                 // rows whose forward is complete
+  std::vector<std::shared_ptr<AdapterWeights>> weights;  // of each training group
+  bool sent = false;                                     // its block was uploaded
+  std::vector<int64_t> jobs;
+  std::vector<AdapterPtr> drop;  // adapters whose gradients are dropped when it ends (cancelled jobs)
+  // A chunk that stopped between two layers, or between two of its head chunks.
+  struct Stopped {
+    Plan plan;  // its segments alone
+    int64_t layer = 0, head_chunk = 0;
+  };
+  std::optional<Stopped> stopped;
+
+  const MicroExampleData& find(int64_t job, int32_t example) const;
+};
+
+// Fills everything but `saved`. in: not yet uploaded. slice_rows 0: a slice is a layer.
+MicroBatch build_micro_batch(const Plan& plan, const ModelConfig& config, std::vector<MicroExampleData> examples,
+                             std::vector<std::shared_ptr<AdapterWeights>> weights_of_examples, int32_t slice_rows, bool rerun,
+                             Blob& in);
+// Points the groups at where the adapters' weights lie now, and sends the block when that is news.
+void refresh_micro_batch(MicroBatch& micro, Blob& in);
+
+}  // namespace loquetier

@@ -1,0 +1,203 @@
+// The host side of the fused product (lora_fused.h).
+#include "fused_linear.h"
+
+#include <algorithm>
+
+#include "core/check.h"
+#include "cuda_check.h"
+#include "lora_call.h"
+
+namespace loquetier::cuda {
+
+namespace {
+
+constexpr int32_t kLargeGroup = 64;  // rows from which on a group is worth steps of its own in two tiles
+// What the unfused way costs, in steps of a tile: y [128, 256] written and read once more is the traffic of 6 steps' arithmetic on
+// an H100 (2.4 TB/s of copies beside 700 TFLOP/s). Beyond that on the average, ranks or boundaries make fusing the slower way.
+constexpr int64_t kExtraSteps = 6;
+
+int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const LoraSite* site_of(const LoraGroup& group, const LoraLinear& linear) {
+  return group.sites == nullptr || group.rows == 0 ? nullptr : group.host_sites + linear.site;
+}
+int32_t rank_of(const LoraSite& site, const LoraLinear& linear) {
+  int32_t rank = 0;
+  for (int p = 0; p < linear.parts; ++p) rank += site.part[p].rank;
+  return rank;
+}
+
+// Groups and tiles of a launch, into args.table, args.part_tile and pack. False: more than a launch can describe, or not worth it.
+bool lay_out(bool backward, const LoraLinear& linear, const LoraGroups& groups, int64_t rows, FusedArgs& args,
+             FusedPackArgs& pack) {
+  FusedTable& table = args.table;
+  table.parts = backward ? 1 : linear.parts;
+  for (int p = 0; p < table.parts; ++p) {
+    const int64_t columns = backward ? linear.in : linear.out[p];
+    if (p + 1 < table.parts && columns % kFusedColumns != 0) return false;  // a tile would stand in two parts
+    args.part_tile[p + 1] = args.part_tile[p] + static_cast<int32_t>(ceil_of(columns, kFusedColumns));
+  }
+  args.column_tiles = args.part_tile[table.parts];
+
+  int32_t most = 1;  // steps of one part
+  for (int32_t g = 0; g < groups.count; ++g) {
+    const LoraGroup& group = groups.host_groups[g];
+    const LoraSite* site = site_of(group, linear);
+    if (site == nullptr || rank_of(*site, linear) == 0) continue;
+    if (backward && group.dropout > 0) return false;  // the mask comes after A
+    const int32_t n = table.groups;
+    if (n == kFusedGroups || (n + 1) * table.parts > kFusedMaps) return false;
+    ++table.groups;
+    pack.row_begin[n] = group.row_begin;
+    pack.row_end[n] = group.row_begin + group.rows;
+    for (int p = 0; p < table.parts; ++p) {
+      pack.rank[n][p] = backward ? rank_of(*site, linear) : site->part[p].rank;
+      pack.scale[n][p] = backward ? 1.0f : site->part[p].scale;
+      const int64_t steps = ceil_of(pack.rank[n][p], kFusedDepth);
+      if (steps > 255) return false;
+      table.steps[n][p] = static_cast<uint8_t>(steps);
+      most = std::max(most, static_cast<int32_t>(steps));
+    }
+  }
+  table.width = most * kFusedDepth;
+
+  const int64_t pairs = ceil_of(rows, kFusedPair * kFusedRows);
+  if (pairs > kFusedPairs) return false;
+  table.pairs = static_cast<int32_t>(pairs);
+  int64_t extra = 0;  // steps of all tiles
+  int32_t first = 0;  // the first group that does not end above the tile
+  for (int32_t pair = 0; pair < table.pairs; ++pair) {
+    table.slot_begin[pair] = static_cast<uint16_t>(table.slots);
+    int32_t begin[kFusedPair], count[kFusedPair];
+    for (int tile = 0; tile < kFusedPair; ++tile) {
+      const int32_t top = (pair * kFusedPair + tile) * kFusedRows;
+      while (first < table.groups && pack.row_end[first] <= top) ++first;
+      int32_t last = first;
+      while (last < table.groups && pack.row_begin[last] < top + kFusedRows) ++last;
+      begin[tile] = first;
+      count[tile] = last - first;
+    }
+    for (int32_t i = 0; i < std::max(count[0], count[1]); ++i) {
+      if (table.slots == kFusedSlots) return false;
+      table.slot_pair[table.slots] = static_cast<uint8_t>(pair);
+      int32_t steps[kMaxParts] = {};
+      for (int tile = 0; tile < kFusedPair; ++tile) {
+        const int32_t group = i < count[tile] ? begin[tile] + i : -1;
+        table.slot_group[table.slots][tile] = static_cast<int8_t>(group);
+        for (int p = 0; p < table.parts && group >= 0; ++p) steps[p] = std::max<int32_t>(steps[p], table.steps[group][p]);
+      }
+      for (int p = 0; p < table.parts; ++p) extra += int64_t{steps[p]} * (args.part_tile[p + 1] - args.part_tile[p]);
+      ++table.slots;
+    }
+  }
+  table.slot_begin[table.pairs] = static_cast<uint16_t>(table.slots);
+  return extra <= kExtraSteps * table.pairs * args.column_tiles;
+}
+
+}  // namespace
+
+FusedLinear::FusedLinear(CudaDevice& device, DType dtype) : device_(device), dtype_(dtype), e_(device) {
+  device_.use();
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
+        "cudaGetDriverEntryPointByVersion(cuTensorMapEncodeTiled)");
+  require<DeviceError>(entry != nullptr && found == cudaDriverEntryPointSuccess,
+                       "[cuda] driver: expected cuTensorMapEncodeTiled of CUDA 12.0 or newer, got a driver without it");
+  encode_ = reinterpret_cast<decltype(encode_)>(entry);
+  for (const bool backward : {false, true})
+    clusters_[backward] = dtype_ == DType::bf16 ? fused_clusters_bf16(backward) : fused_clusters_f16(backward);
+}
+
+int32_t FusedLinear::forward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView bias,
+                             TensorView s, TensorView y) {
+  return run(false, linear, groups, x, w, bias.data, s, y);
+}
+
+int32_t FusedLinear::backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds,
+                              TensorView dx) {
+  return run(true, linear, groups, dy, w, nullptr, ds, dx);
+}
+
+int32_t FusedLinear::run(bool backward, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,
+                         TensorView s, TensorView y) {
+  int32_t taken = groups.count;
+  while (taken > 0 &&
+         (site_of(groups.host_groups[taken - 1], linear) == nullptr || groups.host_groups[taken - 1].rows < kLargeGroup))
+    --taken;
+  groups.count = taken;
+  FusedArgs args = {};
+  FusedPackArgs pack = {};
+  if (clusters_[backward] == 0 || reinterpret_cast<uintptr_t>(bias) % 4 != 0 || !fast_layout(linear, groups, {x, w, y}) ||
+      !lay_out(backward, linear, groups, x.rows, args, pack))
+    return -1;
+  FusedTable& table = args.table;
+  if (table.slots > 0 && !fast_layout(linear, groups, {s})) return -1;
+
+  device_.use();
+  args.x = map(x.data, x.rows, x.cols, x.ld, kFusedRows);
+  args.w = map(w.data, w.rows, w.cols, w.ld, backward ? kFusedDepth : kFusedColumns / kFusedPair);
+  args.y = map(y.data, y.rows, y.cols, y.ld, kFusedRows / 2);
+  args.bias = bias;
+  args.columns = static_cast<int32_t>(y.cols);
+  args.steps = static_cast<int32_t>(ceil_of(x.cols, kFusedDepth));
+  args.e = args.x;  // never read without slots, but fetched ahead
+  if (table.slots > 0) {
+    const int64_t e_rows = int64_t{table.slots} * kFusedPair * kFusedRows, e_columns = int64_t{table.parts} * table.width;
+    void* e = e_.get(static_cast<size_t>(e_rows * e_columns) * size_of(dtype_));
+    args.e = map(e, e_rows, e_columns, e_columns, kFusedRows);
+    encode_maps(backward, linear, groups, args);
+    pack.table = table;
+    pack.s = s.data;
+    pack.ld_s = s.ld;
+    pack.e = e;
+    fused_pack(dtype_, pack, device_.stream());
+  }
+  const int clusters = std::min(clusters_[backward], table.pairs * args.column_tiles);
+  (dtype_ == DType::bf16 ? fused_product_bf16 : fused_product_f16)(args, backward, clusters, device_.stream());
+  return taken;
+}
+
+// Maps of every (group, part). The kernel reads the entry of a part that a group leaves alone too, outside of the matrix: it gets
+// another group's map.
+void FusedLinear::encode_maps(bool backward, const LoraLinear& linear, const LoraGroups& groups, FusedArgs& args) const {
+  const FusedTable& table = args.table;
+  const CUtensorMap* some = nullptr;
+  int32_t n = 0;
+  for (int32_t g = 0; g < groups.count; ++g) {
+    const LoraSite* site = site_of(groups.host_groups[g], linear);
+    if (site == nullptr || rank_of(*site, linear) == 0) continue;
+    for (int p = 0; p < table.parts; ++p) {
+      if (table.steps[n][p] == 0) continue;
+      CUtensorMap& to = args.q[n * table.parts + p];
+      if (backward) {
+        const void* a = nullptr;  // the parts' A are one matrix
+        for (int i = linear.parts - 1; i >= 0; --i) a = site->part[i].rank > 0 ? site->part[i].a : a;
+        to = map(a, rank_of(*site, linear), linear.in, linear.in, kFusedDepth);
+      } else {
+        to = map(site->part[p].b, linear.out[p], site->part[p].rank, site->part[p].rank, kFusedColumns);
+      }
+      if (some == nullptr) some = &to;
+    }
+    ++n;
+  }
+  for (int32_t i = 0; i < table.groups * table.parts; ++i)
+    if (table.steps[i / table.parts][i % table.parts] == 0) args.q[i] = *some;
+}
+
+// A row-major matrix in boxes of 64 columns (128 bytes, swizzled) by box_rows; zeros outside.
+CUtensorMap FusedLinear::map(const void* data, int64_t rows, int64_t cols, int64_t ld, int box_rows) const {
+  CUtensorMap to;
+  const cuuint64_t extents[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(ld) * size_of(dtype_)};
+  const cuuint32_t box[2] = {kFusedDepth, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const CUresult status =
+      encode_(&to, dtype_ == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+              const_cast<void*>(data), extents, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  require<DeviceError>(status == CUDA_SUCCESS, "[cuda] cuTensorMapEncodeTiled: error ", static_cast<int>(status), " for [", rows,
+                       ", ", cols, "] with ", ld, " elements from row to row");
+  return to;
+}
+
+}  // namespace loquetier::cuda

@@ -1,0 +1,35 @@
+// Decides whether a linear with LoRA runs as the one product of lora_fused.h, and runs it: which groups stand in which tiles,
+// tensor maps, E. Owned by CudaOps.
+#pragma once
+
+#include "cuda_ops.h"
+#include "lora_fused.h"
+
+namespace loquetier::cuda {
+
+class FusedLinear {
+ public:
+  FusedLinear(CudaDevice& device, DType dtype);
+
+  // y = x w^T + bias + the groups' scale * s B^T, or dx = dy w + ds A: all of y or dx is overwritten. s and ds are there already.
+  // Returns how many of the groups, from the first on, are in it (small ones at the end cost less apart), or -1: does not fit,
+  // nothing was done.
+  // x [T, in]; w [sum out, in]; bias [sum out] or empty; s [T, sum R]; y [T, sum out]
+  int32_t forward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView bias, TensorView s,
+                  TensorView y);
+  int32_t backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds, TensorView dx);
+
+ private:
+  int32_t run(bool backward, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,
+              TensorView s, TensorView y);
+  void encode_maps(bool backward, const LoraLinear& linear, const LoraGroups& groups, FusedArgs& args) const;
+  CUtensorMap map(const void* data, int64_t rows, int64_t cols, int64_t ld, int box_rows) const;
+
+  CudaDevice& device_;
+  DType dtype_;
+  decltype(&cuTensorMapEncodeTiled) encode_ = nullptr;  // of the driver, which this library does not link
+  int clusters_[2] = {0, 0};                            // that run at a time: forward, backward
+  Scratch e_;
+};
+
+}  // namespace loquetier::cuda

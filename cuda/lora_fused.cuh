@@ -1,0 +1,335 @@
+// The kernel of lora_fused.h: a persistent product of 128 x 256 tiles by TMA and wgmma, one warpgroup loading, two computing (64
+// rows each). Instantiated per dtype in lora_fused_bf16.cu and lora_fused_f16.cu, forward and backward; CUTLASS is used for its
+// instruction wrappers and shared-memory layouts alone.
+//
+// Barriers. full[stage] completes when the bytes of both operands are in: every step brings the same number, whoever sent them.
+// empty[stage] completes when all computing warps of both blocks of the cluster have read the stage, for half of w's tile comes
+// from the other block. Both blocks therefore run the same steps, which the slots of FusedTable provide.
+//
+// Shared memory is laid out as the 128-byte swizzle of TMA leaves it, which is also what the descriptors of wgmma expect:
+//   A operand, and B operand forward   rows of 64 elements of k (128 bytes), 8-row atoms
+//   B operand backward                 blocks of 64 columns; in each 64 rows of k of 64 columns
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/numeric_types.h>
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90.hpp>
+#include <cute/atom/mma_atom.hpp>
+#include <cute/tensor.hpp>
+
+#include "lora.cuh"
+#include "lora_fused.h"
+
+namespace loquetier::cuda {
+
+namespace fused {
+
+constexpr int kStages = 4;
+constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 2;  // warpgroups that compute
+constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // 168 at launch, moved between the warpgroups
+constexpr int kBlock = 64;                                        // columns of an output block in shared memory
+constexpr int kHalf = kFusedColumns / kFusedPair;                 // columns of w's tile that one block of the cluster loads
+constexpr uint32_t kStepBytes = (kFusedRows + kFusedColumns) * kFusedDepth * 2;
+constexpr int kOutside = 1 << 24;  // a row or column past every matrix: TMA fills with zeros
+// Pairs of tiles that share column tiles while running side by side: about 8 x 8 pairs are under way, so each operand is read from
+// memory once for eight.
+constexpr int kBand = 8;
+
+template <class T>
+struct Shared {
+  alignas(1024) T a[kStages][kFusedRows * kFusedDepth];
+  alignas(1024) T b[kStages][kFusedColumns * kFusedDepth];
+  alignas(1024) T out[kConsumers][2][64 * kBlock];  // two blocks of 64 x 64 for each warpgroup, swizzled
+  uint64_t full[kStages];
+  uint64_t empty[kStages];
+};
+
+template <class T>
+constexpr size_t kSharedBytes = sizeof(Shared<T>) + 1024;  // the base is rounded up to 1024
+
+template <class T>
+using Element = std::conditional_t<std::is_same_v<T, bf16>, cutlass::bfloat16_t, cutlass::half_t>;
+
+template <class T, bool kBackward>
+struct Layouts {
+  using E = Element<T>;
+  using Tile = cute::Shape<cute::Int<kFusedRows>, cute::Int<kFusedColumns>, cute::Int<kFusedDepth>>;
+  static constexpr auto kMajorB = kBackward ? cute::GMMA::Major::MN : cute::GMMA::Major::K;
+  using AtomB = std::conditional_t<kBackward, cute::GMMA::Layout_MN_SW128_Atom<E>, cute::GMMA::Layout_K_SW128_Atom<E>>;
+  using OrderB = std::conditional_t<kBackward, cute::Step<cute::_2, cute::_1, cute::_3>, cute::Step<cute::_1, cute::_2, cute::_3>>;
+  using A = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<E>{},
+                                         cute::Shape<cute::Int<kFusedRows>, cute::Int<kFusedDepth>, cute::Int<kStages>>{},
+                                         cute::Step<cute::_1, cute::_2, cute::_3>{}));
+  using B = decltype(cute::tile_to_shape(
+      AtomB{}, cute::Shape<cute::Int<kFusedColumns>, cute::Int<kFusedDepth>, cute::Int<kStages>>{}, OrderB{}));
+  using Mma = decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<E, E, float, Tile, cute::GMMA::Major::K, kMajorB>(),
+                                            cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>{}));
+};
+
+// A ring of stages as one role sees it.
+struct Place {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Tile of the launch -> pair of row tiles and column tile.
+struct Work {
+  int pair, column, part;
+};
+__device__ inline Work work_of(const FusedArgs& a, int index) {
+  const int band = index / (kBand * a.column_tiles), first = band * kBand;
+  const int inside = index - first * a.column_tiles, height = min(kBand, a.table.pairs - first);
+  const int column = inside / height;
+  int part = 0;
+  while (part + 1 < a.table.parts && column >= a.part_tile[part + 1]) ++part;
+  return {first + inside - column * height, column, part};
+}
+
+// Steps of a slot: of the larger rank; the other one's operands are zero from its own rank on.
+__device__ inline int slot_steps(const FusedTable& table, int slot, int part) {
+  const int upper = table.slot_group[slot][0], lower = table.slot_group[slot][1];
+  return max(upper < 0 ? 0 : static_cast<int>(table.steps[upper][part]),
+             lower < 0 ? 0 : static_cast<int>(table.steps[lower][part]));
+}
+
+__device__ inline void load(const CUtensorMap& map, uint64_t* barrier, void* to, int column, int row) {
+  cute::SM90_TMA_LOAD_2D::copy(&map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, column, row);
+}
+__device__ inline void load_for_both(const CUtensorMap& map, uint64_t* barrier, void* to, int column, int row) {
+  cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, barrier, (1 << kFusedPair) - 1,
+                                         static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, column, row);
+}
+
+// One thread: all loads of this block.
+template <class T, bool kBackward>
+__device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, int cluster, int clusters) {
+  using Barrier = cutlass::arch::ClusterTransactionBarrier;
+  Place place;
+  const auto acquire = [&] {
+    Barrier::wait(&shared.empty[place.stage], place.phase ^ 1);
+    Barrier::arrive_and_expect_tx(&shared.full[place.stage], kStepBytes);
+  };
+  constexpr int kBlockSize = kBlock * kFusedDepth;  // elements of 64 columns of a B tile, backward
+  const int total = a.table.pairs * a.column_tiles;
+#pragma unroll 1
+  for (int index = cluster; index < total; index += clusters) {
+    const Work work = work_of(a, index);
+    const int row = (work.pair * kFusedPair + rank) * kFusedRows, column = work.column * kFusedColumns;
+#pragma unroll 1
+    for (int step = 0; step < a.steps; ++step) {
+      acquire();
+      uint64_t* full = &shared.full[place.stage];
+      load(a.x, full, shared.a[place.stage], step * kFusedDepth, row);
+      T* b = shared.b[place.stage] + rank * kHalf * kFusedDepth;
+      if constexpr (kBackward) {
+#pragma unroll
+        for (int i = 0; i < kHalf / kBlock; ++i)
+          load_for_both(a.w, full, b + i * kBlockSize, column + rank * kHalf + i * kBlock, step * kFusedDepth);
+      } else {
+        load_for_both(a.w, full, b, step * kFusedDepth, column + rank * kHalf);
+      }
+      place.advance();
+    }
+    const int part_column = column - a.part_tile[work.part] * kFusedColumns;
+#pragma unroll 1
+    for (int slot = a.table.slot_begin[work.pair]; slot < a.table.slot_begin[work.pair + 1]; ++slot) {
+      const int group = a.table.slot_group[slot][rank], steps = slot_steps(a.table, slot, work.part);
+      // Every entry of q is a map; of a part that the group leaves alone, or of no group, it is read where there is nothing.
+      const CUtensorMap& q = a.q[max(group, 0) * a.table.parts + work.part];
+      const bool none = group < 0 || a.table.steps[group][work.part] == 0;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        acquire();
+        uint64_t* full = &shared.full[place.stage];
+        load(a.e, full, shared.a[place.stage], work.part * a.table.width + step * kFusedDepth,
+             (slot * kFusedPair + rank) * kFusedRows);
+        const int depth = none ? kOutside : step * kFusedDepth;
+        T* b = shared.b[place.stage];
+        if constexpr (kBackward) {
+#pragma unroll
+          for (int i = 0; i < kFusedColumns / kBlock; ++i) load(q, full, b + i * kBlockSize, column + i * kBlock, depth);
+        } else {
+          load(q, full, b, depth, part_column);
+        }
+        place.advance();
+      }
+    }
+  }
+}
+
+// A warpgroup's 64 rows of a finished tile, 64 columns at a time: registers -> swizzled shared memory -> y, by TMA, which leaves
+// out what lies past the edges. Two blocks of shared memory: the next is written while the last is on its way.
+template <class T, class Sums>
+__device__ inline void store_tile(const FusedArgs& a, Shared<T>& shared, const Sums& sums, int consumer, int row, int column) {
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, warp = thread / kWarp, lane = thread % kWarp;
+  const auto barrier = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, static_cast<uint32_t>(consumer)); };
+  // stmatrix: lane l names row l % 16 of the warp's 16 rows and the left or right half of 16 columns.
+  const int at = warp * 16 + lane % 16;
+#pragma unroll
+  for (int block = 0; block < kFusedColumns / kBlock; ++block) {
+    T* out = shared.out[consumer][block % 2];
+    if (thread == 0) cute::tma_store_wait<1>();  // the block that stood here has been read
+    barrier();
+    const uint32_t base = cute::cast_smem_ptr_to_uint(out) + static_cast<uint32_t>(at) * 128;
+#pragma unroll
+    for (int pair = 0; pair < kBlock / 16; ++pair) {
+      // Sums of thread (g, q): per 8 columns, (row g, columns 2q, 2q + 1), (row g + 8, the same).
+      const int i = (block * (kBlock / 8) + 2 * pair) * 4;
+      uint32_t bias[2] = {0, 0};
+      if (a.bias != nullptr) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int at_column = column + block * kBlock + pair * 16 + half * 8 + 2 * (lane % 4);
+          if (at_column < a.columns)
+            bias[half] = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const T*>(a.bias) + at_column));
+        }
+      }
+      const auto two = [&](int j) {
+        return pack2<T>(sums(i + j) + low_float<T>(bias[j / 4]), sums(i + j + 1) + high_float<T>(bias[j / 4]));
+      };
+      const uint32_t chunk = static_cast<uint32_t>((2 * pair + lane / 16) ^ (at % 8));
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(base + chunk * 16), "r"(two(0)),
+                   "r"(two(2)), "r"(two(4)), "r"(two(6))
+                   : "memory");
+    }
+    cute::tma_store_fence();  // TMA, another proxy, reads what these threads wrote
+    barrier();
+    if (thread == 0) {
+      cute::SM90_TMA_STORE_2D::copy(&a.y, out, column + block * kBlock, row);
+      cute::tma_store_arrive();
+    }
+  }
+}
+
+// Two warpgroups: products and results.
+template <class T, bool kBackward>
+__device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, int cluster, int clusters) {
+  using Layout = Layouts<T, kBackward>;
+  using Barrier = cutlass::arch::ClusterBarrier;
+  // The same for a whole warpgroup, as the compiler must see to keep descriptors in uniform registers.
+  const int consumer = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup - 1, 0);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  typename Layout::Mma mma;
+  auto slice = mma.get_slice(consumer * kWarpgroup);
+  using E = Element<T>;
+  const auto tile_a = cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<E*>(shared.a[0])), typename Layout::A{});
+  const auto tile_b = cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<E*>(shared.b[0])), typename Layout::B{});
+  auto operand_a = slice.make_fragment_A(slice.partition_A(tile_a));  // descriptors (MMA, M, K, stage)
+  auto operand_b = slice.make_fragment_B(slice.partition_B(tile_b));
+  auto sums = cute::partition_fragment_C(mma, cute::Shape<cute::Int<kFusedRows>, cute::Int<kFusedColumns>>{});
+  static_assert(decltype(cute::size(sums))::value == 64 * kFusedColumns / kWarpgroup);
+
+  Place place;
+  const auto release = [&](int stage) {
+    if (lane < kFusedPair) Barrier::arrive(&shared.empty[stage], static_cast<uint32_t>(lane), 1);
+  };
+  const auto multiply = [&] {
+    Barrier::wait(&shared.full[place.stage], place.phase);
+    cute::warpgroup_fence_operand(sums);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < kFusedDepth / 16; ++k) {
+      cute::gemm(mma, operand_a(cute::_, cute::_, k, place.stage), operand_b(cute::_, cute::_, k, place.stage), sums);
+      mma.accumulate_ = cute::GMMA::ScaleOut::One;
+    }
+    cute::warpgroup_commit_batch();
+  };
+
+  const int total = a.table.pairs * a.column_tiles;
+#pragma unroll 1
+  for (int index = cluster; index < total; index += clusters) {
+    const Work work = work_of(a, index);
+    int steps = a.steps;
+    for (int slot = a.table.slot_begin[work.pair]; slot < a.table.slot_begin[work.pair + 1]; ++slot)
+      steps += slot_steps(a.table, slot, work.part);
+    mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
+    multiply();
+    int last = place.stage;
+    place.advance();
+#pragma unroll 1
+    for (int step = 1; step < steps; ++step) {
+      multiply();
+      cute::warpgroup_wait<1>();  // the product before this one is done
+      cute::warpgroup_fence_operand(sums);
+      release(last);
+      last = place.stage;
+      place.advance();
+    }
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(sums);
+    release(last);
+    store_tile<T>(a, shared, sums, consumer, (work.pair * kFusedPair + rank) * kFusedRows + consumer * 64,
+                  work.column * kFusedColumns);
+  }
+  if (threadIdx.x % kWarpgroup == 0) cute::tma_store_wait<0>();  // shared memory is read until then
+}
+
+template <class T, bool kBackward>
+__global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ FusedArgs a) {
+  extern __shared__ char memory[];
+  const uint32_t at = cute::cast_smem_ptr_to_uint(memory);
+  Shared<T>& shared = *reinterpret_cast<Shared<T>*>(memory + ((at + 1023) / 1024 * 1024 - at));
+  const int rank = static_cast<int>(cute::block_rank_in_cluster());
+  const int cluster = static_cast<int>(blockIdx.x) / kFusedPair, clusters = static_cast<int>(gridDim.x) / kFusedPair;
+  if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&a.x, &a.w, &a.y, &a.e})
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
+    for (int stage = 0; stage < kStages; ++stage) {
+      cutlass::arch::ClusterBarrier::init(&shared.full[stage], 1);
+      cutlass::arch::ClusterBarrier::init(&shared.empty[stage], kFusedPair * kConsumers * kWarpgroup / kWarp);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  cute::cluster_sync();  // the other block's barriers too
+  if (threadIdx.x < kWarpgroup) {
+    cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    if (threadIdx.x < kWarp && cute::elect_one_sync()) produce<T, kBackward>(a, shared, rank, cluster, clusters);
+    __syncwarp();
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+    consume<T, kBackward>(a, shared, rank, cluster, clusters);
+    __syncwarp();
+  }
+  cute::cluster_sync();  // until both blocks are through, either may still arrive at the other's barriers
+}
+
+template <class T, bool kBackward>
+int clusters() {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(kFusedPair);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedBytes<T>;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = kFusedPair;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check(cudaFuncSetAttribute(kernel<T, kBackward>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes<T>)),
+        "cudaFuncSetAttribute(shared memory)");
+  int count = 0;
+  check(cudaOccupancyMaxActiveClusters(&count, kernel<T, kBackward>, &config), "cudaOccupancyMaxActiveClusters");
+  return count;
+}
+
+template <class T>
+void product(const FusedArgs& args, bool backward, int clusters, cudaStream_t stream) {
+  const Launch launch{dim3(static_cast<unsigned>(clusters * kFusedPair)), dim3(kThreads), kSharedBytes<T>, stream, kFusedPair};
+  if (backward) launch(kernel<T, true>, args);
+  else launch(kernel<T, false>, args);
+}
+
+}  // namespace fused
+
+}  // namespace loquetier::cuda
