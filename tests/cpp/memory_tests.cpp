@@ -120,6 +120,30 @@ TEST(an_engine_takes_its_plan_at_start_and_steps_take_nothing) {
   CHECK_EQ(hosted->stats().metadata_bytes, plan.metadata_bytes);
 }
 
+TEST(training_in_pieces_takes_nothing_more_either) {
+  for (const char* recompute : {"none", "layer"}) {
+    EngineOptions options = small_options();
+    options.slice_rows = 8;
+    options.recompute = recompute;
+    Hosted hosted(options);
+    hosted->add_adapter("a", lora(4, 1));
+    hosted->add_adapter("b", lora(16, 2));
+    for (const char* name : {"a", "b"}) hosted->submit_train(name, examples(1, 1, 5), with_optimizer());
+    drain(*hosted.engine);
+    const int64_t allocated = hosted.ops->fake().allocated;
+    std::mt19937 random(6);
+    std::vector<int64_t> jobs;
+    for (int i = 0; i < 60; ++i) {
+      hosted->submit_infer(tokens(random, 1 + static_cast<int>(random() % 60)), infer(i % 2 ? "b" : "", 1 + random() % 20));
+      jobs.push_back(hosted->submit_train(i % 2 ? "a" : "b", examples(random(), 2, 2 + random() % 30), with_optimizer()));
+    }
+    const Outcome outcome = drain(*hosted.engine);
+    CHECK_EQ(outcome.requests.size(), 60u);
+    for (int64_t job : jobs) CHECK(outcome.trained.at(job).applied);
+    CHECK_EQ(hosted.ops->fake().allocated, allocated);
+  }
+}
+
 TEST(a_device_gives_the_tokens_and_losses_of_the_host) {
   auto run = [](Engine& engine) {
     std::mt19937 random(5);
