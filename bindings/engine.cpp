@@ -87,13 +87,24 @@ std::shared_ptr<const BaseModel> to_model(const ModelLike& model, const EngineOp
   return BaseModel::load(folder);
 }
 
+using LatencyLike = py::typing::Optional<LatencyTarget>;
+
+std::optional<LatencyTarget> to_latency(const LatencyLike& latency, const char* where) {
+  if (latency.is_none()) return std::nullopt;
+  if (!py::isinstance<LatencyTarget>(latency)) {
+    throw InvalidArgument(std::string(where) + " latency: expected None or a LatencyTarget, got " +
+                          py::type::of(latency).attr("__name__").cast<std::string>());
+  }
+  return latency.cast<LatencyTarget>();
+}
+
 std::unique_ptr<PyEngine> make_engine(const ModelLike& model, std::string device, std::string dtype, int64_t max_batch_tokens,
                                       int64_t max_sequences, std::optional<int64_t> kv_cache_tokens,
                                       std::optional<int64_t> adapter_pool_bytes, double memory_fraction,
                                       std::optional<int64_t> max_train_tokens, int max_lora_rank, int64_t max_queue,
-                                      std::string recompute, bool deterministic, const py::typing::Optional<LatencyTarget>& latency,
-                                      uint64_t seed, int num_threads, bool prefix_caching, int page_size, bool cuda_graphs,
-                                      int slice_rows, const py::object& trace_path) {
+                                      std::string recompute, bool deterministic, const LatencyLike& latency, uint64_t seed,
+                                      int num_threads, bool prefix_caching, int page_size, bool cuda_graphs, int slice_rows,
+                                      const py::object& trace_path) {
   EngineOptions options;
   options.device = std::move(device);
   options.dtype = std::move(dtype);
@@ -112,13 +123,7 @@ std::unique_ptr<PyEngine> make_engine(const ModelLike& model, std::string device
   options.prefix_caching = prefix_caching;
   options.page_size = page_size;
   options.cuda_graphs = cuda_graphs;
-  if (!latency.is_none()) {
-    if (!py::isinstance<LatencyTarget>(latency)) {
-      throw InvalidArgument("Engine latency: expected None or a LatencyTarget, got " +
-                            py::type::of(latency).attr("__name__").cast<std::string>());
-    }
-    options.latency = latency.cast<LatencyTarget>();
-  }
+  options.latency = to_latency(latency, "Engine");
   options.slice_rows = slice_rows;
   if (!trace_path.is_none()) options.trace_path = to_path(trace_path, "Engine trace_path: expected a path").string();
   auto base = to_model(model, options);
@@ -375,7 +380,8 @@ model: a Hugging Face folder, a BaseModel, or a config (dict, or object with to_
 device: "auto", "cpu", "cuda", "cuda:1". dtype: compute dtype, "f32" (CPU), "bf16", "f16" (CUDA).
 max_batch_tokens: rows of one step, and the longest training example. max_sequences: running requests.
 kv_cache_tokens, adapter_pool_bytes: None takes them from memory_fraction of the device's free memory (plan_memory tells).
-max_train_tokens: rows of a step that has training rows; None: max_batch_tokens; 0 switches training off and saves its memory.
+max_train_tokens: rows of a step that has training rows, or in pieces of a micro-batch; None: max_batch_tokens; 0 switches training
+off and saves its memory.
 max_queue: waiting requests and examples; beyond it submit raises QueueFull. recompute: "none", or "layer" to keep only each
 layer's input for backward. deterministic: results do not depend on who else is in the batch, bit for bit.
 latency: a LatencyTarget(ttft_ms, tpot_ms) that serving keeps, training takes the rest; None: throughput, whole micro-batches.
@@ -407,7 +413,7 @@ submit_*, cancel and the queries may be called from any thread, step() by one th
       [](const ModelLike& model, const std::optional<int64_t>& device_bytes, int rank, std::string device, std::string dtype,
          int64_t max_batch_tokens, int64_t max_sequences, std::optional<int64_t> kv_cache_tokens,
          std::optional<int64_t> adapter_pool_bytes, double memory_fraction, std::optional<int64_t> max_train_tokens,
-         int max_lora_rank, std::string recompute, bool deterministic, int page_size) {
+         int max_lora_rank, std::string recompute, bool deterministic, const LatencyLike& latency, int page_size, int slice_rows) {
         EngineOptions options;
         options.device = std::move(device);
         options.dtype = std::move(dtype);
@@ -420,7 +426,9 @@ submit_*, cancel and the queries may be called from any thread, step() by one th
         options.max_lora_rank = max_lora_rank;
         options.recompute = std::move(recompute);
         options.deterministic = deterministic;
+        options.latency = to_latency(latency, "plan_memory");
         options.page_size = page_size;
+        options.slice_rows = slice_rows;
         const MemoryQuery query{device_bytes, rank};
         if (py::isinstance<BaseModel>(model)) return Engine::plan_memory(*model.cast<std::shared_ptr<BaseModel>>(), options, query);
         if (py::isinstance<py::dict>(model) || py::hasattr(model, "to_dict")) {
@@ -435,7 +443,8 @@ submit_*, cancel and the queries may be called from any thread, step() by one th
       py::arg("max_sequences") = d.max_sequences, py::arg("kv_cache_tokens") = py::none(),
       py::arg("adapter_pool_bytes") = py::none(), py::arg("memory_fraction") = d.memory_fraction,
       py::arg("max_train_tokens") = py::none(), py::arg("max_lora_rank") = d.max_lora_rank, py::arg("recompute") = d.recompute,
-      py::arg("deterministic") = d.deterministic, py::arg("page_size") = d.page_size,
+      py::arg("deterministic") = d.deterministic, py::arg("latency") = py::none(), py::arg("page_size") = d.page_size,
+      py::arg("slice_rows") = d.slice_rows,
       R"(How an engine with these options would divide its device's memory, before it is made; the engine's start uses the same.
 
 model: a folder (config.json is read, no weights), a BaseModel, or a config. device_bytes: free memory to plan for, then no device

@@ -50,6 +50,11 @@ def test_the_shares_of_a_gpu_that_is_not_there():
     assert plan.kv_tokens > 100_000 and plan.adapters >= 25
     serving = lq.Engine.plan_memory(LLAMA_8B, device="cuda", device_bytes=139 << 30, max_train_tokens=0)
     assert serving.saved_bytes == 0 and serving.kv_tokens > plan.kv_tokens
+    pieces = lq.Engine.plan_memory(LLAMA_8B, device="cuda", device_bytes=139 << 30, rank=64, latency=lq.LatencyTarget())
+    assert pieces.saved_bytes > plan.saved_bytes and pieces.kv_tokens < plan.kv_tokens
+    assert sum(getattr(pieces, share) for share in SHARES) == pieces.budget_bytes
+    sliced = lq.Engine.plan_memory(LLAMA_8B, device="cuda", device_bytes=139 << 30, slice_rows=512)
+    assert sliced.saved_bytes == pieces.saved_bytes
     for line in ("weights", "kv", "adapter pool", "saved", "training state"):
         assert line in str(plan)
 
@@ -57,6 +62,8 @@ def test_the_shares_of_a_gpu_that_is_not_there():
 def test_what_does_not_fit():
     with pytest.raises(lq.OutOfMemory, match="max_train_tokens"):
         lq.Engine.plan_memory(LLAMA_8B, device="cuda", device_bytes=24 << 30)
+    with pytest.raises(lq.InvalidArgument, match="plan_memory latency"):
+        lq.Engine.plan_memory(LLAMA_8B, device="cuda", device_bytes=80 << 30, latency=5)
     with pytest.raises(lq.InvalidArgument, match="rank"):
         lq.Engine.plan_memory(LLAMA_8B, device="cuda", device_bytes=80 << 30, rank=257)
     with pytest.raises(lq.InvalidArgument, match="max_train_tokens"):

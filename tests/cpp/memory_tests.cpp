@@ -49,6 +49,15 @@ TEST(the_shares_of_an_8b_model_add_up_and_leave_room) {
   CHECK_EQ(plan.max_train_tokens, 8192);
   CHECK(plan.saved_bytes < 27 * kGib);
 
+  // In pieces: 1024 rows beside a chunk, and what backward keeps from slice to slice.
+  options.latency = LatencyTarget{};
+  const MemoryPlan pieces = Engine::plan_memory_of_config(kLlama8b, options, {.device_bytes = 139 * kGib});
+  CHECK_EQ(sum_of_shares(pieces), pieces.budget_bytes);
+  CHECK(pieces.saved_bytes > plan.saved_bytes / 8192 * (8192 + 1024));
+  CHECK(pieces.saved_bytes < plan.saved_bytes / 100 * 115);
+  CHECK(pieces.metadata_bytes > plan.metadata_bytes);
+  options.latency.reset();
+
   options.recompute = "layer";
   CHECK(Engine::plan_memory_of_config(kLlama8b, options, {.device_bytes = 139 * kGib}).saved_bytes < 4 * kGib);
   options.recompute = "none";

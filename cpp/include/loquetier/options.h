@@ -178,7 +178,8 @@ struct EngineOptions {
   std::optional<int64_t> kv_cache_tokens = {};     // default: from memory_fraction
   std::optional<int64_t> adapter_pool_bytes = {};  // default: from memory_fraction
   double memory_fraction = 0.9;                    // of the device's free memory, for everything
-  std::optional<int64_t> max_train_tokens = {};    // rows of a step with training rows; 0: no training; default: max_batch_tokens
+  std::optional<int64_t> max_train_tokens = {};    // rows of a step with training rows, or in pieces of a micro-batch;
+                                                   // 0: no training; default: max_batch_tokens
   int max_lora_rank = 256;
   int64_t max_queue = 100000;      // waiting requests + examples waiting in jobs; beyond: QueueFull
   std::string recompute = "none";  // "layer": keep only each layer's input for backward
