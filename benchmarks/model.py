@@ -126,8 +126,10 @@ class Bench:
         self.figures["adapters_made_s"] = time.perf_counter() - made - self.figures["engine_start_s"]
 
     @functools.cache  # noqa: B019 (lives as long as the process)
-    def ids(self, length: int, seed: int) -> list[int]:
-        return common.random_ids(1, length, self.config["vocab_size"], seed)[0]
+    def ids(self, length: int, seed: int):
+        import numpy
+
+        return numpy.array(common.random_ids(1, length, self.config["vocab_size"], seed)[0], numpy.int32)
 
     def note(self, name: str, value: float) -> None:
         self.figures[name] = value
@@ -286,10 +288,10 @@ class Bench:
             rate = self.training_rate(trainers, seconds=4)
             self.note(f"latency_train_alone_{trainers}_tok_s", rate)
             for decodes in (32, 64):
-                shares, tpots = [], []
+                gaps, finished = [], []
                 self.start_decodes(decodes, 8, 512, 300)
                 last: dict[int, float] = {}
-                trained, begin, queued, warm = 0, None, 0, 40
+                begin, rows, queued, warm = None, 0, 0, 40
                 while True:
                     while queued < 2 * trainers:
                         self.submit_trainers(trainers)
@@ -302,19 +304,22 @@ class Bench:
                         begin, rows = now, self.engine.stats().train_tokens
                     for token in result.tokens:
                         if begin is not None and token.request_id in last:
-                            tpots.append(now - last[token.request_id])
+                            gaps.append(now - last[token.request_id])
                         last[token.request_id] = now
-                    if result.finished:
-                        self.check(result.finished)
+                    finished += result.finished
+                    if finished:
                         break
-                seconds = now - begin
-                trained = self.engine.stats().train_tokens - rows
-                shares.append(trained / seconds / rate)
-                tpots.sort()
+                share = (self.engine.stats().train_tokens - rows) / (now - begin) / rate
+                while self.engine.stats().running_requests:  # the others end within a few steps
+                    finished += self.engine.step().finished
+                self.check(finished)
+                gaps.sort()
+                tpots = sorted(r.tpot_seconds for r in finished)
                 name = f"latency_{decodes}_decodes_{trainers}_trainers"
-                self.note(name + "_tpot_p50_ms", 1e3 * tpots[len(tpots) // 2])
-                self.note(name + "_tpot_p99_ms", 1e3 * tpots[int(len(tpots) * 0.99)])
-                self.note(name + "_training_share", statistics.mean(shares))
+                self.note(name + "_tpot_p99_ms", 1e3 * tpots[int(len(tpots) * 0.99)])  # of requests: mean over their tokens
+                self.note(name + "_between_tokens_p50_ms", 1e3 * gaps[len(gaps) // 2])
+                self.note(name + "_between_tokens_p99_ms", 1e3 * gaps[int(len(gaps) * 0.99)])
+                self.note(name + "_training_share", share)
                 self.drain()
         stats = self.engine.stats()
         self.note("latency_prediction_error_median", stats.prediction_error_median)
@@ -348,7 +353,7 @@ class Bench:
         while self.engine.has_work() or thread.is_alive():
             finished += self.engine.step().finished
         thread.join()
-        self.note("burst_first_forward_ms", 1e3 * min(r.queue_seconds for r in finished))
+        self.note("burst_first_forward_ms", 1e3 * min(finished, key=lambda r: r.request_id).queue_seconds)
         self.note("burst_ttft_p99_ms", 1e3 * sorted(r.ttft_seconds for r in finished)[98])
 
 
