@@ -270,6 +270,10 @@ bool Planner::State::plan_forward(bool alone, double limit) {
     if (rows < smallest) rows = must_train ? smallest : 0;
     if (rows == 0) return false;
     must_train = false;
+    // Rows behind the last whole tile of a pass would cost as much as a full one: a chunk that time cuts ends there.
+    const int64_t others = static_cast<int64_t>(work_rows), tile = config.row_tile;
+    const int64_t whole = (others + rows + tile / 8) / tile * tile - others;
+    if (rows < most && whole >= rows / 2 && whole >= smallest) rows = std::min<int64_t>(whole, most);
   }
   training.take_chunk(static_cast<int32_t>(rows));
   limits.take_rows(rows);
