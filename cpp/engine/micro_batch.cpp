@@ -41,10 +41,9 @@ std::vector<LoraGroup> clip(const std::vector<LoraGroup>& groups, int32_t begin,
 }  // namespace
 
 const MicroExampleData& MicroBatch::find(int64_t job, int32_t example) const {
-  const auto found =
-      std::ranges::find_if(examples, [&](const auto& e) { return e.place.job == job && e.place.example == example; });
-  require<std::logic_error>(found != examples.end(), "[engine] example ", example, " of job ", job, " is in no micro-batch");
-  return *found;
+  const auto found = index.find({job, example});
+  require<std::logic_error>(found != index.end(), "[engine] example ", example, " of job ", job, " is in no micro-batch");
+  return examples[found->second];
 }
 
 MicroBatch build_micro_batch(const Plan& plan, const ModelConfig& config, std::vector<MicroExampleData> examples,
@@ -59,6 +58,7 @@ MicroBatch build_micro_batch(const Plan& plan, const ModelConfig& config, std::v
   for (size_t i = 0; i < examples.size(); ++i) {
     const MicroExampleData& e = examples[i];
     const AdapterRecord& a = *e.adapter;
+    micro.index[{e.place.job, e.place.example}] = i;
     all.begin.push_back(e.place.row_begin);
     all.rows.push_back(e.place.rows);
     view.train_rows += e.place.rows;

@@ -6,8 +6,10 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "engine/blob.h"
@@ -26,8 +28,9 @@ struct MicroExampleData {
 };
 
 struct MicroBatch {
-  std::vector<MicroExampleData> examples;  // in row order
-  BatchView view;                          // its training part, over all rows
+  std::vector<MicroExampleData> examples;               // in row order
+  std::map<std::pair<int64_t, int32_t>, size_t> index;  // (job, example) -> place in examples
+  BatchView view;                                       // its training part, over all rows
   Saved saved;
   std::vector<BackwardSlice> layer_slices;
   std::vector<BackwardBlock> blocks;                     // beside layer_slices; empty when a slice is a whole layer
