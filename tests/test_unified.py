@@ -18,8 +18,8 @@ def unified(*arguments: str) -> subprocess.CompletedProcess:
 def record(tmp_path_factory) -> tuple[dict, str]:
     out = tmp_path_factory.mktemp("unified") / "unified.json"
     done = unified(
-        *"--shape quick --arrivals poisson --rate 20 --requests 8 --prompt 20 --output 8 --max-length 128 --trainers 2".split(),
-        *"--batch 2 --accumulation 2 --train-seconds 1 --warm-seconds 0.5 --limit 20 --seed 5".split(),
+        *"--shape quick --arrivals poisson --rate 20 --requests 6 --prompt 20 --output 5 --max-length 64 --trainers 2".split(),
+        *"--batch 2 --accumulation 2 --train-seconds 0.5 --warm-seconds 0.3 --limit 20 --seed 5".split(),
         "--out", str(out),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -34,7 +34,7 @@ def test_every_setting_of_every_side(record):
         assert set(sides) == {"loquetier", "throughput", "peft"}
         for side, values in sides.items():
             if setting != "training":
-                assert values["requests"] == 8 and values["unfinished"] == 0, (setting, side)
+                assert values["requests"] == 6 and values["unfinished"] == 0, (setting, side)
                 assert 0 < values["ttft_p50"] <= values["ttft_p99"] and 0 < values["tpot_p50"] <= values["tpot_p99"]
                 assert values["attained_ttft_6s"] >= values["attained_ttft_1s"] >= 0
             if setting != "inference":
@@ -60,7 +60,7 @@ def test_every_side_served_the_same_trace(record):
 
 def test_the_table_says_what_ran(record):
     text = record[1]
-    assert "8 requests" in text and "2 trainers" in text and "of stand-alone training" in text and "peft" in text
+    assert "6 requests" in text and "2 trainers" in text and "of stand-alone training" in text and "peft" in text
 
 
 def test_bad_arguments_are_refused_before_anything_runs():

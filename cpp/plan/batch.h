@@ -51,8 +51,8 @@ struct Plan {
   // The rest of a stopped chunk is run in later plans, beside segments of other kinds, after their forward. The most to run; 0: the
   // segments' forward is not cut and no chunk is stopped.
   int32_t forward_slices = 0;
-  // An arriving request may end the step before the next slice. Not beside rows of requests when the goal leaves time for the step:
-  // with an arrival in every step nothing behind the forward would ever run.
+  // An arriving request may end the step before the next slice. Beside rows of requests not twice running: with an arrival in every
+  // step nothing behind the forward would ever run.
   bool interruptible = true;
   bool resumes = false;                 // the slices belong to a chunk that stopped in an earlier step
   int32_t backward_slices = 0;          // at most, of the micro-batch whose forward is complete (with this step), from the top

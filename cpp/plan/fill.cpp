@@ -19,7 +19,6 @@ constexpr double kMargin = 0.95;        // of the time per token: the rest is fo
 constexpr double kCatchUp = 0.5;        // a step that makes up for late ones still has this share of it
 constexpr double kPromptShare = 0.25;   // of the time to first token: the longest step of prompts alone
 constexpr double kUrgentShare = 0.5;    // of it: with less left a prompt goes before its turn
-constexpr double kPatience = 4;         // times per token: with less to the first one an arrival ends a step early
 constexpr int kUrgentLooks = 64;        // prompts a step looks at in order of deadline, bounds the work when thousands wait
 constexpr int32_t kSmallestChunk = 16;  // training rows worth a place in a step
 constexpr int32_t kHeadSlice = 256;     // head rows of a forward slice
@@ -141,10 +140,7 @@ void Planner::State::note_token(PlannedRequest& r, double when) {
 
 // ---------------------------------------------------------------- training in pieces
 
-bool Planner::State::interruptible(const Plan& plan) const {
-  if (plan.rows[2] + plan.rows[3] == 0 || plan.seconds < 0) return true;
-  return !overdue_training && config.goal && config.goal->ttft < kPatience * config.goal->tpot;
-}
+bool Planner::State::interruptible(const Plan& plan) const { return is_alone(plan) || (!overdue_training && !cut_short); }
 
 void Planner::State::train_in_pieces() {
   plan_pieces();

@@ -68,6 +68,7 @@ struct Planner::State {
   bool prompt_overdue = false;    // one is being served before all else
   bool must_train = false;        // training was passed over too long: its smallest piece is in the step whatever it costs
   bool overdue_training = false;  // that was so when the plan began
+  bool cut_short = false;         // the last step had rows of requests and ended before its slices did
   bool skip_evaluation = false;   // the last step had evaluation rows: training has the next
 
   Plan plan(const StepBudget& budget);
@@ -101,6 +102,7 @@ struct Planner::State {
 
   // ---- training in pieces
   bool interruptible(const Plan& plan) const;
+  static bool is_alone(const Plan& plan) { return plan.rows[2] + plan.rows[3] == 0; }  // no rows of requests
   void train_in_pieces();
   void plan_pieces();
   int64_t rows_held() const;

@@ -394,7 +394,7 @@ Plan Planner::State::emit() {
   plan.preempted = preempted;
   plan.work = work_of(plan, {});
   if (config.cost) plan.predicted = config.cost->predict(plan.work);
-  const bool alone = plan.rows[2] + plan.rows[3] == 0;
+  const bool alone = is_alone(plan);
   plan.seconds = alone ? alone_seconds : std::max(train_seconds, plan.rows[3] > 0 ? train_seconds : prompt_seconds);
   plan.interruptible = interruptible(plan);
   return plan;
