@@ -135,6 +135,31 @@ TEST(decodes_keep_their_time_and_training_gets_the_rest) {
   CHECK(share >= 0.6 * alone);
 }
 
+TEST(a_chunk_that_time_cuts_ends_at_a_whole_tile) {
+  const CostModel cost = gpu_8b();
+  PlannerConfig config = config_with(cost, 1, 0.03);
+  config.row_tile = 256;
+  Planner planner(config);
+  planner.add_adapter(1, 80 << 20, 0);
+  Player p(planner, cost);
+  for (int64_t i = 0; i < 64; ++i) p.request(100 + i, -1, 16, 300);
+  for (int64_t j = 0; j < 4; ++j) p.job(j, 1, {2048, 2048, 2048, 2048});
+  int whole = 0, tails = 0;
+  for (int i = 0; i < 200; ++i) {
+    const Plan plan = p.step();
+    if (plan.rows[0] == 0 || plan.rows[3] == 0) continue;
+    if (plan.backward_slices > 0) {  // the chunk ends its micro-batch: it is as long as what was left
+      ++tails;
+    } else {
+      ++whole;
+      CHECK(plan.total_rows() % 256 == 0);
+    }
+    CHECK(plan.predicted <= plan.seconds * 1.05);  // an eighth of a tile more than the model says, at most
+  }
+  CHECK(whole > 5);
+  CHECK(tails > 0);
+}
+
 TEST(training_alone_is_not_limited_and_stops_for_a_request) {
   const CostModel cost = gpu_8b();
   Planner planner(config_with(cost, 1, 0.03));
