@@ -102,6 +102,17 @@ def ceilings() -> dict:
     return found
 
 
+def median_seconds(step, repeats: int, warm: int = 2) -> float:
+    """Of one call, after the warm ones."""
+    times = []
+    for i in range(warm + repeats):
+        begin = time.perf_counter()
+        step()
+        if i >= warm:
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
 class Bench:
     def __init__(self, args) -> None:
         import loquetier_core as lq
@@ -168,13 +179,8 @@ class Bench:
                     raise RuntimeError(f"train: expected {adapters} applied updates, got {trained}")
 
             name = f"train_{adapters}x_{sequences}x{length}"
-            times = []
-            for i in range(2 + self.args.repeats):
-                begin = time.perf_counter()
-                step()
-                if i >= 2:
-                    times.append(time.perf_counter() - begin)
-            self.note(name + "_tok_s", sequences * length / statistics.median(times))
+            seconds = median_seconds(step, self.args.repeats)
+            self.note(name + "_tok_s", sequences * length / seconds)
             self.profiled(name, step)
         self.note("memory_gib", self.memory_gib())
 
@@ -246,13 +252,8 @@ class Bench:
                     self.engine.submit_infer(self.ids(512, 31 + i), adapter=adapter, sampling=sampling)
                 self.drain()
 
-            times = []
-            for i in range(2 + self.args.repeats):
-                begin = time.perf_counter()
-                step()
-                if i >= 2:
-                    times.append(time.perf_counter() - begin)
-            self.note(f"prefill_8192_{adapters}_ms", statistics.median(times) * 1e3)
+            seconds = median_seconds(step, self.args.repeats)
+            self.note(f"prefill_8192_{adapters}_ms", seconds * 1e3)
             self.profiled(f"prefill_{adapters}", step)
 
     def mixed(self) -> None:
@@ -412,14 +413,9 @@ class Peft:
                     optimizer.zero_grad()
                     loss.item()
 
-                times = []
-                for i in range(2 + self.args.repeats):
-                    begin = time.perf_counter()
-                    step()
-                    if i >= 2:
-                        times.append(time.perf_counter() - begin)
+                seconds = median_seconds(step, self.args.repeats)
                 name = f"peft_{'tuned' if tuned else 'installed'}_{sequences}x{length}"
-                self.note(name + "_tok_s", sequences * length / statistics.median(times))
+                self.note(name + "_tok_s", sequences * length / seconds)
                 self.note(name + "_memory_gib", torch.cuda.max_memory_reserved() / 2**30)
             model.unload()
             del optimizer, model
@@ -439,14 +435,12 @@ class Peft:
                 ids = torch.randint(0, self.base.config.vocab_size, (sequences, 512), device="cuda")
                 names = [f"a{i % adapters}" for i in range(sequences)]
                 model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                times = []
-                for i in range(2 + self.args.repeats):
-                    begin = time.perf_counter()
+
+                def step(ids=ids, cache=cache, names=names) -> None:
                     out = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, adapter_names=names)
                     out.logits.argmax(-1).tolist()
-                    if i >= 2:
-                        times.append(time.perf_counter() - begin)
-                self.note(f"peft_decode_{sequences}x{adapters}_ms", statistics.median(times) * 1e3)
+
+                self.note(f"peft_decode_{sequences}x{adapters}_ms", median_seconds(step, self.args.repeats) * 1e3)
         model.unload()
 
 

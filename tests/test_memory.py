@@ -5,23 +5,8 @@ import sys
 
 import loquetier_core as lq
 import pytest
+from loquetier_core.__main__ import LLAMA_8B
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 TINY = LLAMA_8B | {
     "vocab_size": 61,
     "hidden_size": 32,
