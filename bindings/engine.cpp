@@ -98,13 +98,12 @@ std::optional<LatencyTarget> to_latency(const LatencyLike& latency, const char* 
   return latency.cast<LatencyTarget>();
 }
 
-std::unique_ptr<PyEngine> make_engine(const ModelLike& model, std::string device, std::string dtype, int64_t max_batch_tokens,
-                                      int64_t max_sequences, std::optional<int64_t> kv_cache_tokens,
-                                      std::optional<int64_t> adapter_pool_bytes, double memory_fraction,
-                                      std::optional<int64_t> max_train_tokens, int max_lora_rank, int64_t max_queue,
-                                      std::string recompute, bool deterministic, const LatencyLike& latency, uint64_t seed,
-                                      int num_threads, bool prefix_caching, int page_size, bool cuda_graphs, int slice_rows,
-                                      const py::object& trace_path) {
+// The options that decide how memory is divided: all of plan_memory's, and those that an engine begins with.
+EngineOptions memory_options(const char* where, std::string device, std::string dtype, int64_t max_batch_tokens,
+                             int64_t max_sequences, std::optional<int64_t> kv_cache_tokens,
+                             std::optional<int64_t> adapter_pool_bytes, double memory_fraction,
+                             std::optional<int64_t> max_train_tokens, int max_lora_rank, std::string recompute, bool deterministic,
+                             const LatencyLike& latency, int page_size, int slice_rows) {
   EngineOptions options;
   options.device = std::move(device);
   options.dtype = std::move(dtype);
@@ -115,16 +114,29 @@ std::unique_ptr<PyEngine> make_engine(const ModelLike& model, std::string device
   options.memory_fraction = memory_fraction;
   options.max_train_tokens = max_train_tokens;
   options.max_lora_rank = max_lora_rank;
-  options.max_queue = max_queue;
   options.recompute = std::move(recompute);
   options.deterministic = deterministic;
+  options.latency = to_latency(latency, where);
+  options.page_size = page_size;
+  options.slice_rows = slice_rows;
+  return options;
+}
+
+std::unique_ptr<PyEngine> make_engine(const ModelLike& model, std::string device, std::string dtype, int64_t max_batch_tokens,
+                                      int64_t max_sequences, std::optional<int64_t> kv_cache_tokens,
+                                      std::optional<int64_t> adapter_pool_bytes, double memory_fraction,
+                                      std::optional<int64_t> max_train_tokens, int max_lora_rank, int64_t max_queue,
+                                      std::string recompute, bool deterministic, const LatencyLike& latency, uint64_t seed,
+                                      int num_threads, bool prefix_caching, int page_size, bool cuda_graphs, int slice_rows,
+                                      const py::object& trace_path) {
+  EngineOptions options = memory_options("Engine", std::move(device), std::move(dtype), max_batch_tokens, max_sequences,
+                                         kv_cache_tokens, adapter_pool_bytes, memory_fraction, max_train_tokens, max_lora_rank,
+                                         std::move(recompute), deterministic, latency, page_size, slice_rows);
+  options.max_queue = max_queue;
   options.seed = seed;
   options.num_threads = num_threads;
   options.prefix_caching = prefix_caching;
-  options.page_size = page_size;
   options.cuda_graphs = cuda_graphs;
-  options.latency = to_latency(latency, "Engine");
-  options.slice_rows = slice_rows;
   if (!trace_path.is_none()) options.trace_path = to_path(trace_path, "Engine trace_path: expected a path").string();
   auto base = to_model(model, options);
   py::gil_scoped_release release;
@@ -414,21 +426,10 @@ submit_*, cancel and the queries may be called from any thread, step() by one th
          int64_t max_batch_tokens, int64_t max_sequences, std::optional<int64_t> kv_cache_tokens,
          std::optional<int64_t> adapter_pool_bytes, double memory_fraction, std::optional<int64_t> max_train_tokens,
          int max_lora_rank, std::string recompute, bool deterministic, const LatencyLike& latency, int page_size, int slice_rows) {
-        EngineOptions options;
-        options.device = std::move(device);
-        options.dtype = std::move(dtype);
-        options.max_batch_tokens = max_batch_tokens;
-        options.max_sequences = max_sequences;
-        options.kv_cache_tokens = kv_cache_tokens;
-        options.adapter_pool_bytes = adapter_pool_bytes;
-        options.memory_fraction = memory_fraction;
-        options.max_train_tokens = max_train_tokens;
-        options.max_lora_rank = max_lora_rank;
-        options.recompute = std::move(recompute);
-        options.deterministic = deterministic;
-        options.latency = to_latency(latency, "plan_memory");
-        options.page_size = page_size;
-        options.slice_rows = slice_rows;
+        const EngineOptions options =
+            memory_options("plan_memory", std::move(device), std::move(dtype), max_batch_tokens, max_sequences, kv_cache_tokens,
+                           adapter_pool_bytes, memory_fraction, max_train_tokens, max_lora_rank, std::move(recompute),
+                           deterministic, latency, page_size, slice_rows);
         const MemoryQuery query{device_bytes, rank};
         if (py::isinstance<BaseModel>(model)) return Engine::plan_memory(*model.cast<std::shared_ptr<BaseModel>>(), options, query);
         if (py::isinstance<py::dict>(model) || py::hasattr(model, "to_dict")) {

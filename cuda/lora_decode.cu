@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kLoraThreads, 2) fused_kernel(FusedArgs a) {
     fetch_unit(a.call, site, at, ahead[i]);
     at += workers;
   }
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // x and y come from the launches before
+  wait_for_previous();  // x and y come from the launches before
 
   r.p = static_cast<const uint16_t*>(a.x) + tile.row * a.ld_x;
   r.ld_p = a.ld_x;

@@ -11,10 +11,12 @@
 
 #include "check.h"
 #include "engine/impl.h"
+#include "engine_inputs.h"
 #include "loquetier/engine.h"
 
 using namespace loquetier;
 using namespace loquetier::test;
+using inputs::lora;
 
 namespace {
 
@@ -40,21 +42,7 @@ EngineOptions options_for(const std::string& device, bool deterministic = false)
   return options;
 }
 
-LoraConfig lora(int rank, uint64_t seed, std::vector<std::string> targets = {"all-linear"}) {
-  LoraConfig config;
-  config.r = rank;
-  config.lora_alpha = 2.0 * rank;
-  config.target_modules = std::move(targets);
-  config.init_lora_weights = "false";
-  config.seed = seed;
-  return config;
-}
-
-std::vector<int32_t> tokens(std::mt19937& random, int n) {
-  std::vector<int32_t> ids(static_cast<size_t>(n));
-  for (int32_t& id : ids) id = static_cast<int32_t>(3 + random() % static_cast<uint64_t>(model()->vocab_size() - 3));
-  return ids;
-}
+std::vector<int32_t> tokens(std::mt19937& random, int n) { return inputs::tokens(random, n, 3, model()->vocab_size() - 3); }
 
 std::vector<Example> examples(uint32_t seed, int count, int length) {
   std::mt19937 random(seed);

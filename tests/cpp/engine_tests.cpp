@@ -11,15 +11,13 @@
 
 #include "check.h"
 #include "engine/impl.h"
+#include "engine_inputs.h"
 #include "loquetier/engine.h"
 
 using namespace loquetier;
+using namespace loquetier::test::inputs;
 
 namespace {
-
-const char* kTinyConfig = R"({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 61, "hidden_size": 32,
-  "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-  "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": false, "eos_token_id": 60})";
 
 std::shared_ptr<const BaseModel> tiny_model() {
   static const auto model = BaseModel::random(kTinyConfig, 7);
@@ -35,29 +33,6 @@ EngineOptions small_options() {
   options.kv_cache_tokens = 512;
   options.page_size = 4;
   return options;
-}
-
-LoraConfig lora(int rank, uint64_t seed, std::vector<std::string> targets = {"all-linear"}) {
-  LoraConfig config;
-  config.r = rank;
-  config.lora_alpha = 2.0 * rank;
-  config.target_modules = std::move(targets);
-  config.init_lora_weights = "false";  // B is not zero: the adapter changes answers from the start
-  config.seed = seed;
-  return config;
-}
-
-std::vector<int32_t> tokens(std::mt19937& random, int n) {
-  std::vector<int32_t> ids(static_cast<size_t>(n));
-  for (int32_t& id : ids) id = static_cast<int32_t>(random() % 60);
-  return ids;
-}
-
-std::vector<Example> examples(uint32_t seed, int count, int length) {
-  std::mt19937 random(seed);
-  std::vector<Example> out;
-  for (int i = 0; i < count; ++i) out.push_back({.input_ids = tokens(random, length + i % 3)});
-  return out;
 }
 
 SamplingParams greedy(int max_tokens) {

@@ -9,15 +9,14 @@
 
 #include "check.h"
 #include "engine/impl.h"
+#include "engine_inputs.h"
 #include "hosted_ops.h"
 #include "loquetier/engine.h"
 
 namespace loquetier::test {
 
-inline const char* kTinyConfig =
-    R"({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 61, "hidden_size": 32,
-  "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-  "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": false, "eos_token_id": 60})";
+using namespace inputs;
+
 inline EngineOptions small_options() {
   EngineOptions options;
   options.num_threads = 1;
@@ -37,29 +36,6 @@ struct Hosted {
       : ops(std::make_shared<HostedOps>(capacity)), engine(EngineAccess::make(BaseModel::random(kTinyConfig, 7), options, ops)) {}
   Engine* operator->() { return engine.get(); }
 };
-
-inline LoraConfig lora(int rank, uint64_t seed, std::vector<std::string> targets = {"all-linear"}) {
-  LoraConfig config;
-  config.r = rank;
-  config.lora_alpha = 2.0 * rank;
-  config.target_modules = std::move(targets);
-  config.init_lora_weights = "false";
-  config.seed = seed;
-  return config;
-}
-
-inline std::vector<int32_t> tokens(std::mt19937& random, int n) {
-  std::vector<int32_t> ids(static_cast<size_t>(n));
-  for (int32_t& id : ids) id = static_cast<int32_t>(random() % 60);
-  return ids;
-}
-
-inline std::vector<Example> examples(uint32_t seed, int count, int length) {
-  std::mt19937 random(seed);
-  std::vector<Example> out;
-  for (int i = 0; i < count; ++i) out.push_back({.input_ids = tokens(random, length + i % 3)});
-  return out;
-}
 
 inline InferOptions infer(const std::string& adapter, int max_tokens) {
   InferOptions options{.adapter = adapter};

@@ -14,10 +14,13 @@
 
 #include "check.h"
 #include "engine/impl.h"
+#include "engine_inputs.h"
 #include "loquetier/engine.h"
 #include "temp_folder.h"
 
 using namespace loquetier;
+using test::inputs::lora;
+using test::inputs::tokens;
 
 namespace {
 
@@ -45,23 +48,6 @@ EngineOptions small_options() {
 using Impl = std::remove_reference_t<decltype(EngineAccess::impl(std::declval<Engine&>()))>;
 
 bool on_cuda() { return test::option("--device", "cpu") != "cpu"; }
-
-LoraConfig lora(int rank, uint64_t seed, std::vector<std::string> targets = {"all-linear"}, double dropout = 0) {
-  LoraConfig config;
-  config.r = rank;
-  config.lora_alpha = 2.0 * rank;
-  config.target_modules = std::move(targets);
-  config.init_lora_weights = "false";
-  config.lora_dropout = dropout;
-  config.seed = seed;
-  return config;
-}
-
-std::vector<int32_t> tokens(std::mt19937& random, int n) {
-  std::vector<int32_t> ids(static_cast<size_t>(n));
-  for (int32_t& id : ids) id = static_cast<int32_t>(random() % 60);
-  return ids;
-}
 
 // Some with a prompt that has no loss, one longer than the rest.
 std::vector<Example> examples(uint32_t seed, int count, int length) {
