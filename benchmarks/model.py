@@ -221,13 +221,15 @@ class Bench:
             context = 512 if sequences <= 64 else 256
             steps = 8 + self.args.repeats * 10
             self.start_decodes(sequences, adapters, context, steps + 10)
-            times = []
+            times, host = [], []
             for i in range(steps):
-                begin = time.perf_counter()
+                before, begin = self.engine.stats().host_seconds, time.perf_counter()
                 self.engine.step()
                 if i >= 8:
                     times.append(time.perf_counter() - begin)
+                    host.append(self.engine.stats().host_seconds - before)
             name = f"decode_{sequences}x{adapters}"
+            self.note(name + "_host_us", statistics.median(host) * 1e6)
             ms = statistics.median(times) * 1e3
             self.note(name + "_ms", ms)
             floor = weights + sequences * (context + steps / 2) * kv_row + adapters * adapter_bytes
