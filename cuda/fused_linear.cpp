@@ -5,6 +5,7 @@
 
 #include "core/check.h"
 #include "cuda_check.h"
+#include "fused_schedule.h"
 #include "lora_call.h"
 
 namespace loquetier::cuda {
@@ -63,16 +64,15 @@ bool lay_out(bool backward, const LoraLinear& linear, const LoraGroups& groups, 
   }
   table.width = most * kFusedDepth;
 
-  const int64_t pairs = ceil_of(rows, kFusedPair * kFusedRows);
-  if (pairs > kFusedPairs) return false;
-  table.pairs = static_cast<int32_t>(pairs);
+  if (!fused_strips(rows, args)) return false;
   int64_t extra = 0;  // steps of all tiles
   int32_t first = 0;  // the first group that does not end above the tile
-  for (int32_t pair = 0; pair < table.pairs; ++pair) {
-    table.slot_begin[pair] = static_cast<uint16_t>(table.slots);
-    int32_t begin[kFusedPair], count[kFusedPair];
-    for (int tile = 0; tile < kFusedPair; ++tile) {
-      const int32_t top = (pair * kFusedPair + tile) * kFusedRows;
+  for (int32_t strip = 0; strip < table.strips; ++strip) {
+    table.slot_begin[strip] = static_cast<uint16_t>(table.slots);
+    const int32_t tiles = strip < table.pairs ? kFusedPair : 1;
+    int32_t begin[kFusedPair] = {}, count[kFusedPair] = {};
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int32_t top = table.row(strip) + tile * kFusedRows;
       while (first < table.groups && pack.row_end[first] <= top) ++first;
       int32_t last = first;
       while (last < table.groups && pack.row_begin[last] < top + kFusedRows) ++last;
@@ -81,7 +81,7 @@ bool lay_out(bool backward, const LoraLinear& linear, const LoraGroups& groups, 
     }
     for (int32_t i = 0; i < std::max(count[0], count[1]); ++i) {
       if (table.slots == kFusedSlots) return false;
-      table.slot_pair[table.slots] = static_cast<uint8_t>(pair);
+      table.slot_strip[table.slots] = static_cast<uint8_t>(strip);
       int32_t steps[kMaxParts] = {};
       for (int tile = 0; tile < kFusedPair; ++tile) {
         const int32_t group = i < count[tile] ? begin[tile] + i : -1;
@@ -92,23 +92,22 @@ bool lay_out(bool backward, const LoraLinear& linear, const LoraGroups& groups, 
       ++table.slots;
     }
   }
-  table.slot_begin[table.pairs] = static_cast<uint16_t>(table.slots);
-  return extra <= kExtraSteps * table.pairs * args.column_tiles;
+  table.slot_begin[table.strips] = static_cast<uint16_t>(table.slots);
+  return extra <= kExtraSteps * table.strips * args.column_tiles;
 }
 
 }  // namespace
 
-FusedLinear::FusedLinear(CudaDevice& device, DType dtype) : device_(device), dtype_(dtype), e_(device) {
+FusedLinear::FusedLinear(CudaDevice& device, DType dtype, TensorMaps& maps, bool deterministic)
+    : device_(device), dtype_(dtype), maps_(maps), e_(device) {
   device_.use();
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
-        "cudaGetDriverEntryPointByVersion(cuTensorMapEncodeTiled)");
-  require<DeviceError>(entry != nullptr && found == cudaDriverEntryPointSuccess,
-                       "[cuda] driver: expected cuTensorMapEncodeTiled of CUDA 12.0 or newer, got a driver without it");
-  encode_ = reinterpret_cast<decltype(encode_)>(entry);
-  for (const bool backward : {false, true})
+  if (deterministic) return;  // then never asked
+  for (const bool backward : {false, true}) {
     clusters_[backward] = dtype_ == DType::bf16 ? fused_clusters_bf16(backward) : fused_clusters_f16(backward);
+    clusters_[backward] = std::min(clusters_[backward], kFusedClusters);
+  }
+  sums_ = Buffer(device_, static_cast<size_t>(device_.processors()) * kFusedSumsOfProcessor);
+  device_.zero(sums_.data(), sums_.bytes());  // the flags
 }
 
 int32_t FusedLinear::forward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView bias,
@@ -131,15 +130,15 @@ int32_t FusedLinear::run(bool backward, const LoraLinear& linear, LoraGroups gro
   FusedArgs args = {};
   FusedPackArgs pack = {};
   if (clusters_[backward] == 0 || reinterpret_cast<uintptr_t>(bias) % 4 != 0 || !fast_layout(linear, groups, {x, w, y}) ||
-      !lay_out(backward, linear, groups, x.rows, args, pack))
+      ceil_of(x.cols, kFusedDepth) > UINT16_MAX || !lay_out(backward, linear, groups, x.rows, args, pack))
     return -1;
   FusedTable& table = args.table;
   if (table.slots > 0 && !fast_layout(linear, groups, {s})) return -1;
 
   device_.use();
-  args.x = map(x.data, x.rows, x.cols, x.ld, kFusedRows);
-  args.w = map(w.data, w.rows, w.cols, w.ld, backward ? kFusedDepth : kFusedColumns / kFusedPair);
-  args.y = map(y.data, y.rows, y.cols, y.ld, kFusedRows / 2);
+  args.x = maps_.get(x, kFusedDepth, kFusedBox);
+  args.w = maps_.get(w, kFusedDepth, backward ? kFusedDepth : kFusedColumns / kFusedPair);
+  args.y = maps_.get(y, kFusedDepth, kFusedBox);
   args.bias = bias;
   args.columns = static_cast<int32_t>(y.cols);
   args.steps = static_cast<int32_t>(ceil_of(x.cols, kFusedDepth));
@@ -147,7 +146,7 @@ int32_t FusedLinear::run(bool backward, const LoraLinear& linear, LoraGroups gro
   if (table.slots > 0) {
     const int64_t e_rows = int64_t{table.slots} * kFusedPair * kFusedRows, e_columns = int64_t{table.parts} * table.width;
     void* e = e_.get(static_cast<size_t>(e_rows * e_columns) * size_of(dtype_));
-    args.e = map(e, e_rows, e_columns, e_columns, kFusedRows);
+    args.e = maps_.get(matrix(e, dtype_, e_rows, e_columns), kFusedDepth, kFusedBox);
     encode_maps(backward, linear, groups, args);
     pack.table = table;
     pack.s = s.data;
@@ -155,15 +154,20 @@ int32_t FusedLinear::run(bool backward, const LoraLinear& linear, LoraGroups gro
     pack.e = e;
     fused_pack(dtype_, pack, device_.stream());
   }
-  const int clusters = std::min(clusters_[backward], table.pairs * args.column_tiles);
-  (dtype_ == DType::bf16 ? fused_product_bf16 : fused_product_f16)(args, backward, clusters, device_.stream());
+  const int32_t clusters = fused_schedule(args, clusters_[backward]);
+  args.sums = static_cast<float*>(sums_.data());
+  args.ready = reinterpret_cast<uint32_t*>(args.sums + int64_t{device_.processors()} * 2 * kFusedSums);
+  (dtype_ == DType::bf16 ? fused_product_bf16 : fused_product_f16)(args, backward, clusters, table.slots > 0, device_.stream());
   return taken;
 }
 
 // Maps of every (group, part). The kernel reads the entry of a part that a group leaves alone too, outside of the matrix: it gets
 // another group's map.
-void FusedLinear::encode_maps(bool backward, const LoraLinear& linear, const LoraGroups& groups, FusedArgs& args) const {
+void FusedLinear::encode_maps(bool backward, const LoraLinear& linear, const LoraGroups& groups, FusedArgs& args) {
   const FusedTable& table = args.table;
+  const auto map = [&](const void* data, int64_t rows, int64_t columns, int64_t box_rows) {
+    return maps_.get(matrix(const_cast<void*>(data), dtype_, rows, columns), kFusedDepth, box_rows);
+  };
   const CUtensorMap* some = nullptr;
   int32_t n = 0;
   for (int32_t g = 0; g < groups.count; ++g) {
@@ -175,9 +179,9 @@ void FusedLinear::encode_maps(bool backward, const LoraLinear& linear, const Lor
       if (backward) {
         const void* a = nullptr;  // the parts' A are one matrix
         for (int i = linear.parts - 1; i >= 0; --i) a = site->part[i].rank > 0 ? site->part[i].a : a;
-        to = map(a, rank_of(*site, linear), linear.in, linear.in, kFusedDepth);
+        to = map(a, rank_of(*site, linear), linear.in, kFusedDepth);
       } else {
-        to = map(site->part[p].b, linear.out[p], site->part[p].rank, site->part[p].rank, kFusedColumns);
+        to = map(site->part[p].b, linear.out[p], site->part[p].rank, kFusedColumns);
       }
       if (some == nullptr) some = &to;
     }
@@ -185,21 +189,6 @@ void FusedLinear::encode_maps(bool backward, const LoraLinear& linear, const Lor
   }
   for (int32_t i = 0; i < table.groups * table.parts; ++i)
     if (table.steps[i / table.parts][i % table.parts] == 0) args.q[i] = *some;
-}
-
-// A row-major matrix in boxes of 64 columns (128 bytes, swizzled) by box_rows; zeros outside.
-CUtensorMap FusedLinear::map(const void* data, int64_t rows, int64_t cols, int64_t ld, int box_rows) const {
-  CUtensorMap to;
-  const cuuint64_t extents[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(ld) * size_of(dtype_)};
-  const cuuint32_t box[2] = {kFusedDepth, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
-  const CUresult status =
-      encode_(&to, dtype_ == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-              const_cast<void*>(data), extents, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  require<DeviceError>(status == CUDA_SUCCESS, "[cuda] cuTensorMapEncodeTiled: error ", static_cast<int>(status), " for [", rows,
-                       ", ", cols, "] with ", ld, " elements from row to row");
-  return to;
 }
 
 }  // namespace loquetier::cuda

@@ -9,7 +9,7 @@ namespace loquetier::cuda {
 
 class FusedLinear {
  public:
-  FusedLinear(CudaDevice& device, DType dtype);
+  FusedLinear(CudaDevice& device, DType dtype, TensorMaps& maps, bool deterministic);
 
   // y = x w^T + bias + the groups' scale * s B^T, or dx = dy w + ds A: all of y or dx is overwritten. s and ds are there already.
   // Returns how many of the groups, from the first on, are in it (small ones at the end cost less apart), or -1: does not fit,
@@ -18,20 +18,20 @@ class FusedLinear {
   int32_t forward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView bias, TensorView s,
                   TensorView y);
   int32_t backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds, TensorView dx);
-  void reserve(size_t bytes) { e_.reserve(bytes); }  // ops/workspace.h
-  size_t workspace_bytes() const { return e_.bytes(); }
+  void reserve(size_t bytes) { e_.reserve(bytes); }  // CudaWorkspace::fused
+  size_t workspace_bytes() const { return e_.bytes() + sums_.bytes(); }
 
  private:
   int32_t run(bool backward, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,
               TensorView s, TensorView y);
-  void encode_maps(bool backward, const LoraLinear& linear, const LoraGroups& groups, FusedArgs& args) const;
-  CUtensorMap map(const void* data, int64_t rows, int64_t cols, int64_t ld, int box_rows) const;
+  void encode_maps(bool backward, const LoraLinear& linear, const LoraGroups& groups, FusedArgs& args);
 
   CudaDevice& device_;
   DType dtype_;
-  decltype(&cuTensorMapEncodeTiled) encode_ = nullptr;  // of the driver, which this library does not link
-  int clusters_[2] = {0, 0};                            // that run at a time: forward, backward
+  TensorMaps& maps_;
+  int clusters_[2] = {0, 0};  // that run at a time: forward, backward
   Scratch e_;
+  Buffer sums_;  // FusedArgs::sums and ready
 };
 
 }  // namespace loquetier::cuda

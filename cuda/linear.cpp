@@ -119,7 +119,7 @@ CudaOps::CudaOps(int device, DType compute_dtype, bool deterministic)
   check(cudaEventCreateWithFlags(&branch_.fork, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   check(cudaEventCreateWithFlags(&branch_.join, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   attention_plans_ = AttentionPlans::make(device_, dtype_, deterministic_);
-  fused_linear_ = std::make_unique<FusedLinear>(device_, dtype_);
+  fused_linear_ = std::make_unique<FusedLinear>(device_, dtype_, tensor_maps_, deterministic_);
 }
 
 CudaOps::~CudaOps() {

@@ -2,9 +2,11 @@
 // rows each). Instantiated per dtype in lora_fused_bf16.cu and lora_fused_f16.cu, forward and backward; CUTLASS is used for its
 // instruction wrappers and shared-memory layouts alone.
 //
-// Barriers. full[stage] completes when the bytes of both operands are in: every step brings the same number, whoever sent them.
-// empty[stage] completes when all computing warps of both blocks of the cluster have read the stage, for half of w's tile comes
-// from the other block. Both blocks therefore run the same steps, which the slots of FusedTable provide.
+// Barriers. full[stage] completes when the bytes of both operands are in, whoever sent them: half of w's tile comes from the other
+// block for a pair, the rows of x for a left-over strip. empty[stage] completes when all computing warps of both blocks of the
+// cluster have read the stage. Both blocks therefore run the same steps, which the slots of FusedTable provide, and a warpgroup
+// releases the steps that it does not compute too: tiles of 64 rows are for the two warpgroups in turn, so that one stores while
+// the other computes.
 //
 // Shared memory is laid out as the 128-byte swizzle of TMA leaves it, which is also what the descriptors of wgmma expect:
 //   A operand, and B operand forward   rows of 64 elements of k (128 bytes), 8-row atoms
@@ -35,10 +37,10 @@ constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // 168 at laun
 constexpr int kBlock = 64;                                        // columns of an output block in shared memory
 constexpr int kHalf = kFusedColumns / kFusedPair;                 // columns of w's tile that one block of the cluster loads
 constexpr uint32_t kStepBytes = (kFusedRows + kFusedColumns) * kFusedDepth * 2;
-constexpr int kOutside = 1 << 24;  // a row or column past every matrix: TMA fills with zeros
-// Pairs of tiles that share column tiles while running side by side: about 8 x 8 pairs are under way, so each operand is read from
-// memory once for eight.
-constexpr int kBand = 8;
+constexpr int kOutside = 1 << 24;                  // a row or column past every matrix: TMA fills with zeros
+constexpr int kBoxSize = kFusedBox * kFusedDepth;  // elements of 64 rows of A, or of 64 columns of B backward
+constexpr uint32_t kHalfStepBytes = (kFusedBox + kFusedColumns) * kFusedDepth * 2;
+constexpr int kAddAtATime = 16;  // 16-byte loads in flight of another cluster's sums
 
 template <class T>
 struct Shared {
@@ -83,24 +85,24 @@ struct Place {
   }
 };
 
-// Tile of the launch -> pair of row tiles and column tile.
-struct Work {
-  int pair, column, part;
-};
-__device__ inline Work work_of(const FusedArgs& a, int index) {
-  const int band = index / (kBand * a.column_tiles), first = band * kBand;
-  const int inside = index - first * a.column_tiles, height = min(kBand, a.table.pairs - first);
-  const int column = inside / height;
-  int part = 0;
-  while (part + 1 < a.table.parts && column >= a.part_tile[part + 1]) ++part;
-  return {first + inside - column * height, column, part};
-}
-
-// Steps of a slot: of the larger rank; the other one's operands are zero from its own rank on.
-__device__ inline int slot_steps(const FusedTable& table, int slot, int part) {
-  const int upper = table.slot_group[slot][0], lower = table.slot_group[slot][1];
-  return max(upper < 0 ? 0 : static_cast<int>(table.steps[upper][part]),
-             lower < 0 ? 0 : static_cast<int>(table.steps[lower][part]));
+// The work of a cluster in its order. f(piece, work).
+template <class F>
+__device__ inline void for_each_piece(const FusedArgs& a, int rank, int cluster, int clusters, F&& f) {
+  const FusedSchedule& schedule = a.schedule;
+  const int dealt = schedule.dealt / clusters, first = schedule.piece_begin[cluster];
+  const int count = dealt + schedule.piece_begin[cluster + 1] - first;
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    FusedPiece piece;
+    int item = cluster + i * clusters;
+    if (i < dealt) {
+      piece.end = static_cast<uint16_t>(a.steps);
+    } else {
+      piece = schedule.pieces[first + i - dealt];
+      item = schedule.dealt + piece.item;
+    }
+    f(piece, fused_work(a, item, rank));
+  }
 }
 
 __device__ inline void load(const CUtensorMap& map, uint64_t* barrier, void* to, int column, int row) {
@@ -116,56 +118,76 @@ template <class T, bool kBackward>
 __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, int cluster, int clusters) {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
   Place place;
-  const auto acquire = [&] {
-    Barrier::wait(&shared.empty[place.stage], place.phase ^ 1);
-    Barrier::arrive_and_expect_tx(&shared.full[place.stage], kStepBytes);
-  };
-  constexpr int kBlockSize = kBlock * kFusedDepth;  // elements of 64 columns of a B tile, backward
-  const int total = a.table.pairs * a.column_tiles;
+  int turn = 0;  // the warpgroup that computes the next tile of 64 rows
+  for_each_piece(a, rank, cluster, clusters, [&](const FusedPiece& piece, const FusedWork& work) {
+    const int column = work.column * kFusedColumns, part = rank == 0 ? work.part[0] : work.part[1];
+    const int a_place = work.half ? turn * kBoxSize : 0;
+    const auto acquire = [&] {
+      Barrier::wait(&shared.empty[place.stage], place.phase ^ 1);
+      Barrier::arrive_and_expect_tx(&shared.full[place.stage], work.half ? kHalfStepBytes : kStepBytes);
+    };
 #pragma unroll 1
-  for (int index = cluster; index < total; index += clusters) {
-    const Work work = work_of(a, index);
-    const int row = (work.pair * kFusedPair + rank) * kFusedRows, column = work.column * kFusedColumns;
-#pragma unroll 1
-    for (int step = 0; step < a.steps; ++step) {
+    for (int step = piece.begin; step < piece.end; ++step) {
       acquire();
       uint64_t* full = &shared.full[place.stage];
-      load(a.x, full, shared.a[place.stage], step * kFusedDepth, row);
-      T* b = shared.b[place.stage] + rank * kHalf * kFusedDepth;
+      T* to = shared.a[place.stage] + a_place;
+      const int depth = step * kFusedDepth;
+      if (!work.wide) {
+        load(a.x, full, to, depth, work.row);
+        load(a.x, full, to + kBoxSize, depth, work.row + kFusedBox);
+      } else if (!work.half) {
+        load_for_both(a.x, full, to + rank * kBoxSize, depth, work.row + rank * kFusedBox);
+      } else if (rank == 0) {
+        load_for_both(a.x, full, to, depth, work.row);
+      }
+      T* b = shared.b[place.stage];
       if constexpr (kBackward) {
-#pragma unroll
-        for (int i = 0; i < kHalf / kBlock; ++i)
-          load_for_both(a.w, full, b + i * kBlockSize, column + rank * kHalf + i * kBlock, step * kFusedDepth);
+        for (int i = 0; i < kFusedColumns / kFusedBox; ++i) {
+          T* block = b + i * kBoxSize;
+          if (work.wide) load(a.w, full, block, column + i * kFusedBox, depth);
+          else if (i / (kHalf / kFusedBox) == rank) load_for_both(a.w, full, block, column + i * kFusedBox, depth);
+        }
       } else {
-        load_for_both(a.w, full, b, step * kFusedDepth, column + rank * kHalf);
+        for (int i = 0; i < kFusedPair; ++i) {
+          T* half = b + i * kHalf * kFusedDepth;
+          if (work.wide) load(a.w, full, half, depth, column + i * kHalf);
+          else if (i == rank) load_for_both(a.w, full, half, depth, column + i * kHalf);
+        }
       }
       place.advance();
     }
-    const int part_column = column - a.part_tile[work.part] * kFusedColumns;
+    if (work.half) turn ^= 1;
+    if (piece.end < a.steps) return;
+    wait_for_previous();  // E is written by the launch in front; whatever x and y wait for was done before that one began
+    const int part_column = column - a.part_tile[part] * kFusedColumns, tile = work.wide ? 0 : rank;
 #pragma unroll 1
-    for (int slot = a.table.slot_begin[work.pair]; slot < a.table.slot_begin[work.pair + 1]; ++slot) {
-      const int group = a.table.slot_group[slot][rank], steps = slot_steps(a.table, slot, work.part);
+    for (int slot = a.table.slot_begin[work.strip]; slot < a.table.slot_begin[work.strip + 1]; ++slot) {
+      const int group = a.table.slot_group[slot][tile], steps = fused_slot_steps(a.table, slot, work);
       // Every entry of q is a map; of a part that the group leaves alone, or of no group, it is read where there is nothing.
-      const CUtensorMap& q = a.q[max(group, 0) * a.table.parts + work.part];
-      const bool none = group < 0 || a.table.steps[group][work.part] == 0;
+      const CUtensorMap& q = a.q[max(group, 0) * a.table.parts + part];
+      const bool none = group < 0 || a.table.steps[group][part] == 0;
+      const int e_row = (slot * kFusedPair + tile) * kFusedRows;
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         acquire();
         uint64_t* full = &shared.full[place.stage];
-        load(a.e, full, shared.a[place.stage], work.part * a.table.width + step * kFusedDepth,
-             (slot * kFusedPair + rank) * kFusedRows);
+        T* to = shared.a[place.stage] + a_place;
+        const int e_column = part * a.table.width + step * kFusedDepth;
+        load(a.e, full, to, e_column, e_row);
+        if (!work.half) load(a.e, full, to + kBoxSize, e_column, e_row + kFusedBox);
         const int depth = none ? kOutside : step * kFusedDepth;
         T* b = shared.b[place.stage];
         if constexpr (kBackward) {
 #pragma unroll
-          for (int i = 0; i < kFusedColumns / kBlock; ++i) load(q, full, b + i * kBlockSize, column + i * kBlock, depth);
+          for (int i = 0; i < kFusedColumns / kFusedBox; ++i) load(q, full, b + i * kBoxSize, column + i * kFusedBox, depth);
         } else {
           load(q, full, b, depth, part_column);
         }
         place.advance();
       }
     }
-  }
+  });
+  wait_for_previous();  // the launch behind this one relies on both
 }
 
 // A warpgroup's 64 rows of a finished tile, 64 columns at a time: registers -> swizzled shared memory -> y, by TMA, which leaves
@@ -212,6 +234,41 @@ __device__ inline void store_tile(const FusedArgs& a, Shared<T>& shared, const S
   }
 }
 
+// Lends the sums of a warpgroup to the cluster that finishes the item, and the other side of it. `at`: of FusedArgs::ready.
+template <class Sums>
+__device__ inline void lend_sums(const FusedArgs& a, const Sums& sums, int consumer, int at) {
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  float4* to = reinterpret_cast<float4*>(a.sums + int64_t{at} * kFusedSums) + thread;
+#pragma unroll
+  for (int i = 0; i < kFusedSums / kWarpgroup / 4; ++i)
+    to[i * kWarpgroup] = make_float4(sums(4 * i), sums(4 * i + 1), sums(4 * i + 2), sums(4 * i + 3));
+  cutlass::arch::NamedBarrier::sync(kWarpgroup, static_cast<uint32_t>(consumer));
+  if (thread == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(a.ready + at), "r"(1) : "memory");
+}
+// The whole warpgroup waits for them.
+template <class Sums>
+__device__ inline void add_sums(const FusedArgs& a, Sums& sums, int consumer, int at) {
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  if (thread == 0) {
+    uint32_t there = 0;
+    while (there == 0) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(a.ready + at) : "memory");
+    a.ready[at] = 0;  // for the next launch
+  }
+  cutlass::arch::NamedBarrier::sync(kWarpgroup, static_cast<uint32_t>(consumer));
+  const float4* from = reinterpret_cast<const float4*>(a.sums + int64_t{at} * kFusedSums) + thread;
+#pragma unroll
+  for (int i = 0; i < kFusedSums / kWarpgroup / 4; i += kAddAtATime) {
+    float4 v[kAddAtATime];
+#pragma unroll
+    for (int j = 0; j < kAddAtATime; ++j) v[j] = __ldcg(from + (i + j) * kWarpgroup);
+#pragma unroll
+    for (int j = 0; j < kAddAtATime; ++j) {
+      const int k = 4 * (i + j);
+      sums(k) += v[j].x, sums(k + 1) += v[j].y, sums(k + 2) += v[j].z, sums(k + 3) += v[j].w;
+    }
+  }
+}
+
 // Two warpgroups: products and results.
 template <class T, bool kBackward>
 __device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, int cluster, int clusters) {
@@ -246,13 +303,26 @@ __device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, 
     cute::warpgroup_commit_batch();
   };
 
-  const int total = a.table.pairs * a.column_tiles;
+  int turn = 0;
+  for_each_piece(a, rank, cluster, clusters, [&](const FusedPiece& piece, const FusedWork& work) {
+    int steps = piece.end - piece.begin;
+    if (piece.end == a.steps) {
+      for (int slot = a.table.slot_begin[work.strip]; slot < a.table.slot_begin[work.strip + 1]; ++slot)
+        steps += fused_slot_steps(a.table, slot, work);
+    }
+    if (work.half) {
+      const bool mine = turn == consumer;
+      turn ^= 1;
+      if (!mine) {
 #pragma unroll 1
-  for (int index = cluster; index < total; index += clusters) {
-    const Work work = work_of(a, index);
-    int steps = a.steps;
-    for (int slot = a.table.slot_begin[work.pair]; slot < a.table.slot_begin[work.pair + 1]; ++slot)
-      steps += slot_steps(a.table, slot, work.part);
+        for (int step = 0; step < steps; ++step) {
+          Barrier::wait(&shared.full[place.stage], place.phase);
+          release(place.stage);
+          place.advance();
+        }
+        return;
+      }
+    }
     mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
     multiply();
     int last = place.stage;
@@ -269,9 +339,17 @@ __device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, 
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(sums);
     release(last);
-    store_tile<T>(a, shared, sums, consumer, (work.pair * kFusedPair + rank) * kFusedRows + consumer * 64,
-                  work.column * kFusedColumns);
-  }
+    const int upper = work.half ? 0 : consumer;  // which 64 rows of the tile
+    const int first_place = (piece.item - a.schedule.divided) * (a.schedule.parts - 1);
+    const auto place_of = [&](int part) { return ((first_place + part) * kFusedPair + rank) * kConsumers + upper; };
+    if (piece.end < a.steps) {
+      lend_sums(a, sums, consumer, place_of(piece.part));
+    } else {
+#pragma unroll 1
+      for (int part = 0; part < piece.part; ++part) add_sums(a, sums, consumer, place_of(part));
+      store_tile<T>(a, shared, sums, consumer, work.row + upper * kFusedBox, work.column * kFusedColumns);
+    }
+  });
   if (threadIdx.x % kWarpgroup == 0) cute::tma_store_wait<0>();  // shared memory is read until then
 }
 
@@ -324,8 +402,9 @@ int clusters() {
 }
 
 template <class T>
-void product(const FusedArgs& args, bool backward, int clusters, cudaStream_t stream) {
-  const Launch launch{dim3(static_cast<unsigned>(clusters * kFusedPair)), dim3(kThreads), kSharedBytes<T>, stream, kFusedPair};
+void product(const FusedArgs& args, bool backward, int clusters, bool packed, cudaStream_t stream) {
+  Launch launch{dim3(static_cast<unsigned>(clusters * kFusedPair)), dim3(kThreads), kSharedBytes<T>, stream, kFusedPair};
+  launch.overlap = packed;
   if (backward) launch(kernel<T, true>, args);
   else launch(kernel<T, false>, args);
 }

@@ -5,11 +5,17 @@
 // (tile, group), a block of 128 rows: zero in rows of other groups and past the rank, so a tile that straddles groups adds each
 // row's own and nothing else. Rows without an adapter cost no step.
 //
-// Two tiles one below the other are computed by a cluster, which loads w once for both; so both run the same number of steps: slot
-// i of a pair is the i-th group of each tile, or none, whose E is zero.
+// A cluster of two blocks computes a pair of tiles one below the other and loads w once for both. The rows that are left over
+// behind the last whole pair are one or two strips of their own: of 128 rows, and of at most 64. There both blocks take the same
+// rows, each a tile of its own columns; in the strip of 64 rows a tile is half the work. Either way both blocks run the same number
+// of steps: slot i of a pair is the i-th group of each tile, or none, whose E is zero.
 //
-// fused_linear.cpp decides, fills these structures and encodes the tensor maps; lora_fused_pack.cu writes E; lora_fused.cuh is the
-// kernel.
+// An item is what a cluster computes at a time: a pair, or two tiles of a left-over strip. Where the last items would leave
+// clusters idle, their sums over w are divided among several clusters (fused_schedule.h): all but the last part's are lent through
+// memory to the cluster that has that part, which adds them in order, so that results do not change from run to run.
+//
+// fused_linear.cpp decides, fills these structures and fetches the tensor maps; fused_schedule.cpp deals out the items;
+// lora_fused_pack.cu writes E; lora_fused.cuh is the kernel.
 #pragma once
 
 #include <cuda.h>
@@ -25,28 +31,54 @@ namespace loquetier::cuda {
 constexpr int kFusedRows = 128;     // of a tile
 constexpr int kFusedColumns = 256;  // of a tile
 constexpr int kFusedDepth = 64;     // of a step: 128 bytes, the width of the swizzle
-constexpr int kFusedPair = 2;       // tiles of a cluster, along rows
+constexpr int kFusedPair = 2;       // tiles of a cluster
+constexpr int kFusedBox = 64;       // rows of x, y and E that move at a time: a warpgroup's
 
 // What a launch can describe. Everything travels as its parameters (of which there may be 32,764 bytes), so that a captured graph
 // keeps it; their copy is part of every launch.
 constexpr int kFusedMaps = 96;    // (group, part): 32 groups of q|k|v, 48 of gate|up
 constexpr int kFusedGroups = 64;  // with an adapter
 constexpr int kFusedPairs = 128;  // of tiles: 32,768 rows
-constexpr int kFusedSlots = 320;  // over all pairs
+constexpr int kFusedStrips = kFusedPairs + 2;
+constexpr int kFusedSlots = 320;  // over all strips
+constexpr int kFusedClusters = 128;
+constexpr int kFusedPieces = 640;
 
-// Which groups stand in which tiles.
+// Which groups stand in which tiles. Strips: the pairs from the top, then what is left over.
 struct FusedTable {
   int32_t pairs = 0;
+  int32_t strips = 0;
+  int32_t half = -1;  // the strip of at most 64 rows
   int32_t slots = 0;
   int32_t groups = 0;
   int32_t parts = 1;                                // of the extension: 1 for backward
   int32_t width = 0;                                // columns of E for one part, a multiple of kFusedDepth
-  uint16_t slot_begin[kFusedPairs + 1] = {};        // [pairs + 1]
-  uint8_t slot_pair[kFusedSlots] = {};              // [slots]
-  int8_t slot_group[kFusedSlots][kFusedPair] = {};  // [slots]: of either tile; -1: none
+  uint16_t slot_begin[kFusedStrips + 1] = {};       // [strips + 1]
+  uint8_t slot_strip[kFusedSlots] = {};             // [slots]
+  int8_t slot_group[kFusedSlots][kFusedPair] = {};  // [slots]: of either tile, -1: none; of a left-over strip [0]
   uint8_t steps[kFusedGroups][kMaxParts] = {};      // ceil(R / kFusedDepth)
+
+  // First row of a strip's upper tile; a left-over strip has no other.
+  __host__ __device__ int row(int strip) const {
+    return strip <= pairs ? strip * kFusedPair * kFusedRows : pairs * kFusedPair * kFusedRows + kFusedRows;
+  }
 };
-static_assert(kFusedPairs <= 256 && kFusedGroups <= 128);
+static_assert(kFusedStrips <= 256 && kFusedGroups <= 128);
+
+// Of an item's steps over w those in [begin, end). With the last of them the steps of its groups, and the sums of the parts before.
+struct FusedPiece {
+  uint16_t item = 0;  // counted from FusedSchedule::dealt
+  uint16_t begin = 0, end = 0;
+  uint16_t part = 0;
+};
+struct FusedSchedule {
+  int32_t dealt = 0;  // items that the clusters take in turn, whole: a multiple of the clusters. The others are in pieces
+  // Of the items that are divided, the first and the parts of each. Part p < parts - 1 of the i-th lends its sums in place
+  // i * (parts - 1) + p.
+  int32_t divided = 0, parts = 1;
+  uint16_t piece_begin[kFusedClusters + 1] = {};  // [clusters + 1]
+  FusedPiece pieces[kFusedPieces] = {};
+};
 
 struct FusedArgs {
   CUtensorMap x;              // [T, K]: x, or dy
@@ -55,6 +87,9 @@ struct FusedArgs {
   CUtensorMap e;              // [slots * 256, parts * width]
   CUtensorMap q[kFusedMaps];  // [groups * parts]: B [out, R], or A [sum R, in]
   FusedTable table;
+  FusedSchedule schedule;
+  float* sums = nullptr;       // [places, 2 blocks, 2 warpgroups, kFusedSums], as the registers lie; as many places as clusters
+  uint32_t* ready = nullptr;   // [places, 2, 2]: 1 when the sums are there; 0 before and after the launch
   const void* bias = nullptr;  // [N] or null
   int32_t columns = 0;         // N
   int32_t column_tiles = 0;
@@ -62,6 +97,61 @@ struct FusedArgs {
   int32_t part_tile[kMaxParts + 1] = {};  // first column tile of each part
 };
 static_assert(sizeof(FusedArgs) <= 32764);
+
+// Where an item lies, seen by one block of the cluster.
+struct FusedWork {
+  int strip = 0;
+  int row = 0, column = 0;        // of the block's tile; the column is that of a tile
+  int part[kFusedPair] = {0, 0};  // of either block's columns
+  bool wide = false;              // a left-over strip: both blocks have the same rows
+  bool half = false;              // of 64 rows
+};
+constexpr int kFusedSums = 64 * kFusedColumns;  // of a warpgroup
+
+// Pairs of tiles that share column tiles while running side by side: about 8 x 8 pairs are under way, so each operand is read from
+// memory once for eight.
+constexpr int kFusedBand = 8;
+
+__host__ __device__ inline int fused_items(const FusedArgs& a) {
+  return a.table.pairs * a.column_tiles + (a.table.strips - a.table.pairs) * ((a.column_tiles + 1) / 2);
+}
+__host__ __device__ inline FusedWork fused_work(const FusedArgs& a, int item, int rank) {
+  const FusedTable& t = a.table;
+  const auto part_of = [&](int column) {
+    int part = 0;
+    while (part + 1 < t.parts && column >= a.part_tile[part + 1]) ++part;
+    return part;
+  };
+  FusedWork work;
+  const int left_over = item - t.pairs * a.column_tiles;
+  if (left_over < 0) {
+    const int band = item / (kFusedBand * a.column_tiles), first = band * kFusedBand;
+    const int inside = item - first * a.column_tiles, rest = t.pairs - first, height = rest < kFusedBand ? rest : kFusedBand;
+    work.column = inside / height;
+    work.strip = first + inside - work.column * height;
+    work.row = t.row(work.strip) + rank * kFusedRows;
+    work.part[0] = work.part[1] = part_of(work.column);
+  } else {
+    const int twos = (a.column_tiles + 1) / 2, below = left_over / twos, column = (left_over - below * twos) * 2;
+    work.strip = t.pairs + below;
+    work.row = t.row(work.strip);
+    work.column = column + rank;  // the last one may lie past the edge
+    for (int block = 0; block < kFusedPair; ++block) work.part[block] = part_of(column + block);
+    work.wide = true;
+    work.half = work.strip == t.half;
+  }
+  return work;
+}
+// Steps of a slot: of the largest rank in either block; the others' operands are zero from their own rank on.
+__host__ __device__ inline int fused_slot_steps(const FusedTable& t, int slot, const FusedWork& work) {
+  int steps = 0;
+  for (int block = 0; block < kFusedPair; ++block) {
+    const int group = t.slot_group[slot][work.wide ? 0 : block];
+    const int own = group < 0 ? 0 : t.steps[group][work.part[block]];
+    steps = own > steps ? own : steps;
+  }
+  return steps;
+}
 
 struct FusedPackArgs {
   FusedTable table;
@@ -75,9 +165,10 @@ struct FusedPackArgs {
 
 // lora_fused_pack.cu
 void fused_pack(DType dtype, const FusedPackArgs& args, cudaStream_t stream);
-// lora_fused_bf16.cu, lora_fused_f16.cu. `clusters`: how many run at a time, as fused_clusters_*() says.
-void fused_product_bf16(const FusedArgs& args, bool backward, int clusters, cudaStream_t stream);
-void fused_product_f16(const FusedArgs& args, bool backward, int clusters, cudaStream_t stream);
+// lora_fused_bf16.cu, lora_fused_f16.cu. `clusters`: how many run at a time, as fused_clusters_*() says. `packed`: the launch in
+// front is fused_pack, beside which the product may begin: E is not needed before an item's last steps.
+void fused_product_bf16(const FusedArgs& args, bool backward, int clusters, bool packed, cudaStream_t stream);
+void fused_product_f16(const FusedArgs& args, bool backward, int clusters, bool packed, cudaStream_t stream);
 int fused_clusters_bf16(bool backward);
 int fused_clusters_f16(bool backward);
 

@@ -5,8 +5,8 @@ namespace loquetier::cuda {
 
 int fused_clusters_bf16(bool backward) { return backward ? fused::clusters<bf16, true>() : fused::clusters<bf16, false>(); }
 
-void fused_product_bf16(const FusedArgs& args, bool backward, int clusters, cudaStream_t stream) {
-  fused::product<bf16>(args, backward, clusters, stream);
+void fused_product_bf16(const FusedArgs& args, bool backward, int clusters, bool packed, cudaStream_t stream) {
+  fused::product<bf16>(args, backward, clusters, packed, stream);
 }
 
 }  // namespace loquetier::cuda

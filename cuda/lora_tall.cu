@@ -20,6 +20,12 @@ constexpr int kRows = 128;   // of a block
 constexpr int kPiece = 128;  // of k: two panels, 256 bytes of a row
 constexpr int kWideBytes = kRows * kPiece * 2;
 
+// Waits for the launch in front, and only then lets the next one begin, which may rely on what came before this one.
+__device__ inline void start_after_previous() {
+  wait_for_previous();
+  let_next_start();
+}
+
 struct TallArgs {
   LoraCall call;
   const void* p;  // [T, wide] x or dy
@@ -50,8 +56,8 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR>::kBlocks) tall_kernel(
   auto cluster = cooperative_groups::this_cluster();
   const int cluster_size = static_cast<int>(cluster.num_blocks()), cluster_rank = static_cast<int>(cluster.block_rank());
   const Tile tile = find_tile(a.call, kRows, static_cast<int>(blockIdx.x) / cluster_size);
-  if (tile.group < 0) return;
-  if (!kBackward && a.call.groups[tile.group].dropout > 0) return;  // of the whole cluster
+  if (tile.group < 0) return start_after_previous();
+  if (!kBackward && a.call.groups[tile.group].dropout > 0) return start_after_previous();  // of the whole cluster
   fetch_site(tile.sites + a.call.site, site);
   __syncthreads();
 
@@ -75,7 +81,7 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR>::kBlocks) tall_kernel(
     }
   }
   const int rank_begin = static_cast<int>(blockIdx.z) * NR;
-  if (rank_begin >= rank) return;
+  if (rank_begin >= rank) return start_after_previous();
   const int ranks = min(NR, rank - rank_begin);
 
   uint8_t* shared = raw + (1024 - shared_address(raw) % 1024) % 1024;  // the same place in every block of the cluster
@@ -97,6 +103,7 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR>::kBlocks) tall_kernel(
     }
     commit_copies();  // also without copies: groups are counted
   };
+  start_after_previous();
 #pragma unroll
   for (int i = 0; i < S::kStages - 1; ++i) load(i);
 
@@ -179,7 +186,8 @@ void launch_tall(const TallArgs& args, int64_t tiles, int products, int rank, in
          Shape<NR>::kShared,
          stream,
          cluster,
-         where}(tall_kernel<T, NR, kBackward>, args);
+         where,
+         true}(tall_kernel<T, NR, kBackward>, args);
 }
 
 template <class T, bool kBackward>

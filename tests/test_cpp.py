@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CPP = ROOT / "tests" / "cpp"
-NEEDS_GPU = {"cuda_engine_tests"}
-TESTS = sorted({path.stem for path in CPP.glob("*_tests.cpp")} - NEEDS_GPU)
+NEEDS_CUDA = {"cuda_engine_tests", "fused_schedule_tests"}  # a GPU, or a build with the CUDA library
+TESTS = sorted({path.stem for path in CPP.glob("*_tests.cpp")} - NEEDS_CUDA)
 FUZZ = sorted(path.stem for path in (CPP / "fuzz").glob("fuzz_*.cpp"))
 
 

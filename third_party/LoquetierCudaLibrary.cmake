@@ -34,8 +34,8 @@ foreach(name IN ITEMS adamw attention_decode attention_plain elementwise linear_
 endforeach()
 file(MAKE_DIRECTORY ${PROJECT_BINARY_DIR}/cuda)
 
-add_library(loquetier_cuda SHARED cuda/attention.cpp cuda/attention_cudnn.cpp cuda/device.cpp cuda/fused_linear.cpp cuda/graph.cpp
-  cuda/linear.cpp cuda/lora_call.cpp cuda/tensor_maps.cpp ${loquetier_cuda_objects})
+add_library(loquetier_cuda SHARED cuda/attention.cpp cuda/attention_cudnn.cpp cuda/device.cpp cuda/fused_linear.cpp
+  cuda/fused_schedule.cpp cuda/graph.cpp cuda/linear.cpp cuda/lora_call.cpp cuda/tensor_maps.cpp ${loquetier_cuda_objects})
 set_source_files_properties(${loquetier_cuda_objects} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
 target_include_directories(loquetier_cuda PRIVATE cuda cpp)
 target_include_directories(loquetier_cuda SYSTEM PRIVATE ${LoquetierCuda_FRONTEND_INCLUDE} ${LoquetierCuda_CUDNN_INCLUDE}

@@ -23,18 +23,21 @@ constexpr size_t kDecodeAttentionWorkspace =
 // Of the fused product's E (cuda/lora_fused.h): rows and columns of a block, blocks along the rows at most, groups, blocks in all.
 constexpr int64_t kFusedBlockRows = 256, kFusedBlockColumns = 64, kMostFusedPairs = 128, kMostFusedGroups = 64,
                   kMostFusedBlocks = 320;
+// Of a processor: sums of a tile of it, and two flags (cuda/lora_fused.h).
+constexpr size_t kFusedSumsOfProcessor = 128 * 256 * sizeof(float) + 2 * sizeof(uint32_t);
 // Shares of ds, and unfinished gradients (cuda/lora_wide.cu).
 constexpr size_t kMostLoraShares = size_t{64} << 20;
 
 struct CudaWorkspace {
   size_t blas = kBlasWorkspace;
-  size_t decode = 0;     // sums of the product of few rows and of decodes' attention
-  size_t fused = 0;      // S of large groups, laid out for base and LoRA as one product
-  size_t lora = 0;       // shares of ds and of gradients
-  size_t attention = 0;  // plans' workspaces and tables
-  size_t sample = 0;     // old values of the logits that bias, forbidden tokens or penalties change
-  size_t norm = 0;       // partial sums of gradient norms
-  size_t total() const { return blas + decode + fused + lora + attention + sample + norm; }
+  size_t decode = 0;      // sums of the product of few rows and of decodes' attention
+  size_t fused_sums = 0;  // sums of tiles that several processors compute together, with many rows
+  size_t fused = 0;       // S of large groups, laid out for base and LoRA as one product
+  size_t lora = 0;        // shares of ds and of gradients
+  size_t attention = 0;   // plans' workspaces and tables
+  size_t sample = 0;      // old values of the logits that bias, forbidden tokens or penalties change
+  size_t norm = 0;        // partial sums of gradient norms
+  size_t total() const { return blas + decode + fused_sums + fused + lora + attention + sample + norm; }
 };
 
 inline CudaWorkspace cuda_workspace(const OpsLimits& limits, bool deterministic, int processors = kHopperProcessors) {
@@ -45,6 +48,7 @@ inline CudaWorkspace cuda_workspace(const OpsLimits& limits, bool deterministic,
   CudaWorkspace bytes;
   bytes.decode = static_cast<size_t>(processors) * (kDecodeWorkspace + kDecodeAttentionWorkspace);
   if (!deterministic) {
+    bytes.fused_sums = static_cast<size_t>(processors) * kFusedSumsOfProcessor;
     // A group has a block wherever it meets one of a pair's two tiles: at most as often as there are groups and tiles.
     const auto pairs = std::min<int64_t>(static_cast<int64_t>(up(limits.rows, kFusedBlockRows)) / kFusedBlockRows, kMostFusedPairs);
     const int64_t blocks = std::min(kMostFusedGroups + 2 * pairs, kMostFusedBlocks);

@@ -63,6 +63,41 @@ std::vector<LoraShape> large_shapes() {
   LoraShape wide{"more tiles of dx than run at a time", 2100, 2056, {64}, {}};
   for (int32_t g = 0; g < 7; ++g) wide.groups.push_back({300 * g, 299, {g == 3 ? 72 : 8 + 8 * (g % 3)}, 0});
   shapes.push_back(wide);
+  // Rows that are left over behind the last whole pair of tiles, and groups that end among them.
+  for (const int64_t rest : {1, 63, 64, 65, 127, 128, 129, 191}) {
+    LoraShape left{"left-over rows", 512 + rest, 136, {256, 512, 72}, {{0, 300, {16, 64, 8}, 0}}};
+    const int64_t end = 512 + (rest + 1) / 2;
+    left.groups.push_back({300, end - 300, {8, rest % 2 == 0 ? 40 : 256, 0}, 0});
+    if (rest > 128) left.groups.push_back({end + 2, rest / 2 - 3, {24, 0, 136}, 0});
+    shapes.push_back(left);
+  }
+  shapes.push_back({"many groups in the left-over rows",
+                    703,
+                    72,
+                    {768},
+                    {{0, 300, {16}, 0},
+                     {300, 222, {8}, 0},
+                     {522, 30, {256}, 0},
+                     {552, 81, {24}, 0},
+                     {640, 10, {0}, 0},
+                     {650, 53, {136}, 0},
+                     {703, 0, {8}, 0}}});
+  LoraShape decodes{"small groups in the left-over rows", 576, 192, {256, 512, 256}, {{0, 512, {16, 8, 16}, 0}}};
+  for (int32_t g = 0; g < 8; ++g) decodes.groups.push_back({512 + 8 * g, 8 - g % 3, {8 * (1 + g % 3), 16, g == 5 ? 0 : 72}, 0});
+  shapes.push_back(decodes);
+  shapes.push_back({"sums divided among many", 552, 2056, {256, 264}, {{0, 400, {16, 8}, 0}, {400, 152, {40, 128}, 0}}});
+  return shapes;
+}
+
+// Products whose last items are divided among several processors, forward or backward: in up to four parts, with helpers that have
+// parts of several items, left-over strips beside them, tiles of 64 rows alone.
+std::vector<LoraShape> divided_shapes() {
+  std::vector<LoraShape> shapes;
+  shapes.push_back({"a turn and a little", 801, 1536, {4096, 1792}, {{0, 400, {16, 8}, 0}, {400, 390, {8, 128}, 0}}});
+  shapes.push_back({"helpers of several items", 1280, 2560, {1536, 512}, {{0, 1000, {16, 256}, 0}, {1000, 280, {8, 0}, 0}}});
+  shapes.push_back({"half tiles divided", 1088, 2048, {4096}, {{0, 600, {16}, 0}, {600, 430, {40}, 0}, {1030, 58, {8}, 0}}});
+  shapes.push_back({"few tiles, long sums", 832, 8200, {512, 72}, {{0, 700, {16, 16}, 0}, {700, 130, {40, 8}, 0}}});
+  shapes.push_back({"both left-over strips", 2240, 2048, {1536}, {{0, 2048, {16}, 0}, {2048, 100, {256}, 0}}});
   return shapes;
 }
 
@@ -129,6 +164,32 @@ TEST(linear_lora_against_the_reference) {
 TEST(linear_lora_backward_against_the_reference) {
   for_each_rig([](Rig& rig) {
     for (const LoraShape& shape : all_shapes(rig)) check_backward(rig, shape);
+  });
+}
+
+// Beside the single operations, where the reference would take too long.
+TEST(large_products_equal_their_parts) {
+  for_each_rig([](Rig& rig) {
+    for (const LoraShape& shape : rig.exact() || rig.deterministic() ? fused_shapes() : divided_shapes()) {
+      const std::string label = std::string(" (") + shape.name + ")";
+      LoraRig lora(rig, shape.rows, shape.in, shape.out, shape.groups);
+      const int64_t rank = std::max(lora.max_rank, 8);
+      Host x = rig.random(shape.rows, shape.in), w = rig.random(lora.columns, shape.in), dy = rig.random(shape.rows, lora.columns),
+           ds = rig.random(shape.rows, rank, 4);
+      OnDevice dev_x(rig, x), dev_w(rig, w), dev_dy(rig, dy), dev_ds(rig, ds);
+      OnDevice s(rig, shape.rows, rank), y(rig, shape.rows, lora.columns), parts_y(rig, shape.rows, lora.columns);
+      OnDevice dx(rig, shape.rows, shape.in), parts_dx(rig, shape.rows, shape.in);
+      run_twice({&s, &y, &dx}, [&] {
+        rig.ops().linear_lora(dev_x, dev_w, {}, lora.linear, lora.groups, s, y);
+        rig.ops().linear_lora_backward(dev_dy, dev_w, lora.linear, lora.groups, dev_ds, dx);
+      });
+      rig.ops().linear(dev_x, dev_w, {}, parts_y);
+      rig.ops().lora_expand(lora.linear, lora.groups, s, parts_y);
+      rig.ops().linear_backward(dev_dy, dev_w, parts_dx, false);
+      rig.ops().lora_backward_x(lora.linear, lora.groups, dev_ds, parts_dx);
+      expect("large linear_lora" + label, y.get(), parts_y.get(), rig.bound(6e-6));
+      expect("large linear_lora_backward" + label, dx.get(), parts_dx.get(), rig.bound(6e-6));
+    }
   });
 }
 

@@ -1,0 +1,92 @@
+// The schedule of the fused product (cuda/fused_schedule.h) for many numbers of rows, columns, steps and clusters: every step of
+// every item is computed once, lent sums have a place of their own and are added by the item's last part, and the longest cluster
+// has no more steps than without divisions.
+#include "fused_schedule.h"
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "check.h"
+
+using namespace loquetier::cuda;
+
+namespace {
+
+struct Case {
+  int64_t rows;
+  int column_tiles, steps, clusters;
+};
+
+void check_schedule(FusedArgs& args, const Case& c) {
+  args.table = {};
+  args.schedule = {};
+  args.column_tiles = args.part_tile[1] = c.column_tiles;
+  args.steps = c.steps;
+  CHECK(fused_strips(c.rows, args));
+  const FusedSchedule& schedule = args.schedule;
+  const int used = fused_schedule(args, c.clusters), items = fused_items(args);
+  CHECK(used >= 1 && used <= c.clusters && schedule.dealt % used == 0 && schedule.dealt <= items);
+
+  std::vector<std::vector<int>> times(static_cast<size_t>(items), std::vector<int>(static_cast<size_t>(c.steps), 0));
+  for (int item = 0; item < schedule.dealt; ++item) times[static_cast<size_t>(item)].assign(static_cast<size_t>(c.steps), 1);
+  std::map<int, int> lenders, adders;  // place -> cluster
+  int longest = 0;                     // in half steps, a tile of 64 rows being half a step
+  for (int cluster = 0; cluster < used; ++cluster) {
+    int length = schedule.dealt / used * c.steps * 2;
+    for (int i = schedule.piece_begin[cluster]; i < schedule.piece_begin[cluster + 1]; ++i) {
+      const FusedPiece& piece = schedule.pieces[i];
+      const int item = schedule.dealt + piece.item, place = (piece.item - schedule.divided) * (schedule.parts - 1);
+      CHECK(item < items && piece.begin < piece.end && piece.end <= c.steps && (piece.part == 0) == (piece.begin == 0));
+      for (int step = piece.begin; step < piece.end; ++step) ++times[static_cast<size_t>(item)][static_cast<size_t>(step)];
+      if (piece.end < c.steps) {
+        CHECK(place + piece.part >= 0 && place + piece.part < c.clusters);
+        CHECK(lenders.emplace(place + piece.part, cluster).second);
+      } else {
+        for (int part = 0; part < piece.part; ++part) CHECK(adders.emplace(place + part, cluster).second);
+      }
+      length += (piece.end - piece.begin) * (fused_work(args, item, 0).half ? 1 : 2);
+    }
+    longest = std::max(longest, length);
+  }
+  CHECK(schedule.piece_begin[used] <= kFusedPieces);
+  for (const auto& steps : times) CHECK(std::all_of(steps.begin(), steps.end(), [](int n) { return n == 1; }));
+  CHECK_EQ(lenders.size(), adders.size());
+  for (const auto& [place, cluster] : adders) CHECK(lenders.count(place) == 1 && lenders[place] < cluster);
+
+  const int halves = args.table.half >= 0 ? (c.column_tiles + 1) / 2 : 0, wholes = items - halves;
+  const int turns = (wholes + c.clusters - 1) / c.clusters, room = turns * c.clusters - wholes;
+  const int behind = std::max(0, (halves - 2 * room + c.clusters - 1) / c.clusters);
+  CHECK(longest <= (2 * turns + behind) * c.steps);
+}
+
+}  // namespace
+
+TEST(every_step_once) {
+  const auto args = std::make_unique<FusedArgs>();
+  for (const int64_t rows : {1, 64, 65, 128, 129, 192, 193, 256, 513, 700, 768, 1088, 1216, 1280, 2112, 4385, 8192, 32768})
+    for (const int column_tiles : {1, 2, 3, 16, 24, 112, 512, 513})
+      for (const int steps : {1, 7, 64, 448})
+        for (const int clusters : {1, 2, 60, 66, 128}) check_schedule(*args, {rows, column_tiles, steps, clusters});
+  CHECK(!fused_strips(32769, *args));
+}
+
+// Rows by which a batch of training with decodes exceeds whole pairs of tiles: 2,112 rows of 4,096 columns fill the 66 clusters of
+// an H200 twice, as 2,048 rows nearly do.
+TEST(left_over_rows_fill_the_last_turn) {
+  const auto args = std::make_unique<FusedArgs>();
+  args->column_tiles = args->part_tile[1] = 16;
+  args->steps = 64;
+  CHECK(fused_strips(2112, *args));
+  CHECK_EQ(args->table.pairs, 8);
+  CHECK_EQ(args->table.half, 8);
+  CHECK_EQ(fused_items(*args), 8 * 16 + 8);
+  CHECK_EQ(fused_schedule(*args, 66), 66);
+  for (int cluster = 0; cluster < 66; ++cluster) {
+    int halves = 0;
+    for (int i = args->schedule.piece_begin[cluster]; i < args->schedule.piece_begin[cluster + 1]; ++i)
+      halves += fused_work(*args, args->schedule.dealt + args->schedule.pieces[i].item, 0).half ? 1 : 2;
+    CHECK_EQ(halves, 2);
+  }
+}
