@@ -24,7 +24,7 @@ TensorMaps::TensorMaps() {
   encode_ = reinterpret_cast<decltype(encode_)>(function);
 }
 
-const CUtensorMap& TensorMaps::get(const TensorView& t, int64_t box_cols, int64_t box_rows) {
+CUtensorMap TensorMaps::get(const TensorView& t, int64_t box_cols, int64_t box_rows) {
   const Key key = {t.data, t.rows, t.cols, t.ld, box_cols, box_rows};
   const auto found = maps_.find(key);
   if (found != maps_.end()) return found->second;
