@@ -195,7 +195,7 @@ TEST(live_decodes_keep_their_target_and_training_gets_the_rest) {
                 1e3 * c.tpot, 1e3 * tpot_p99(result), 100 * share);
     CHECK(tpot_p99(result) <= c.tpot);
     CHECK(share >= c.share);
-    CHECK(result.longest_serving_step <= 1.05 * c.tpot);
+    CHECK(result.longest_serving_step <= 1.25 * c.tpot + 1e-9);  // longer than the mean only with time that was saved
   }
 }
 
