@@ -2,12 +2,12 @@
 
     python benchmarks/unified.py --shape 100m --scale 0.1 --out benchmarks/results/unified_cpu.json --plot unified.png
     python benchmarks/unified.py --shape llama-3-8b --device cuda --arrivals piecewise --adapters 4 --trainers 2
-    python benchmarks/unified.py --shape llama-3-8b --device cuda --cases benchmarks/unified_h200.txt --out benchmarks/results/unified_h200.json
+    python benchmarks/unified.py --shape llama-3-8b --device cuda --cases benchmarks/unified_h200.txt --out unified.json
 
 Three settings, one after another: inference-only, fine-tune-only, unified. Three sides, each in a process of its own (one for all
-cases, so the model is loaded once) on the same trace: loquetier (with the latency target), throughput (this engine without one: training is not pre-empted), peft. Weights are
-random, so tokens mean nothing and every request runs to its length; times are those of a model of that shape. What each figure
-means: loquetier_core/sizing/metrics.py. Read next: _replay.py.
+cases, so that the model is loaded once) on the same trace: loquetier (with the latency target), throughput (this engine without
+one: training is not pre-empted), peft. Weights are random, so tokens mean nothing and every request runs to its length; times are
+those of a model of that shape. What each figure means: loquetier_core/sizing/metrics.py. Read next: _replay.py.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def make_parser(shape: str) -> argparse.ArgumentParser:
     parser.add_argument("--peft-batch", type=int, default=64, help="sequences that PEFT generates at once")
     parser.add_argument("--peft-turns", type=int, default=8, help="generation steps of PEFT between two mini-batches of training")
     parser.add_argument("--peft-checkpointing", action="store_true", help="PEFT recomputes activations: less memory, more time")
-    parser.add_argument("--out", type=Path, help="write figures as JSON to this file; cases it has already and that did not run stay")
+    parser.add_argument("--out", type=Path, help="write figures as JSON to this file, beside what it has of other cases")
     parser.add_argument("--records", action="store_true", help="every request's times in it too")
-    parser.add_argument("--plot", type=Path, help="draw the runs as PNG to this file, the case's name added when there are several")
+    parser.add_argument("--plot", type=Path, help="draw the runs as PNG to this file (with several cases: their names added)")
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     workload.add_arguments(parser, **CPU_DEFAULTS.get(shape, {}))
     return parser

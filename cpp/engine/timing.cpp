@@ -54,8 +54,8 @@ std::vector<std::pair<double, double>> rates_by_rows(Ops& ops, const ModelWeight
   const size_t row_bytes = static_cast<size_t>(in + out + columns) * size_of(dtype);
   const int64_t most = std::min(sizes.back(), static_cast<int64_t>(device.free_bytes() / 2 / row_bytes));
   if (most < sizes.front()) return {};
-  const Buffer x(device, static_cast<size_t>(most * in) * size_of(dtype)), y(device, static_cast<size_t>(most * out) * size_of(dtype)),
-      s(device, static_cast<size_t>(most * columns) * size_of(dtype)),
+  const Buffer x(device, static_cast<size_t>(most * in) * size_of(dtype)),
+      y(device, static_cast<size_t>(most * out) * size_of(dtype)), s(device, static_cast<size_t>(most * columns) * size_of(dtype)),
       ab(device, static_cast<size_t>(columns * in + out * kProbeRank) * size_of(dtype));  // A of all parts, then B of all parts
   device.zero(x.data(), x.bytes());
   device.zero(ab.data(), ab.bytes());

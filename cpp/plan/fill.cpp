@@ -228,8 +228,8 @@ int32_t Planner::State::slices_in_time(int32_t most, double limit, const std::fu
   return n;
 }
 
-// How many of `most` rows a chunk beside other rows has; 0: none in this step. longest: what the step may take when time was saved for
-// it.
+// How many of `most` rows a chunk beside other rows has; 0: none in this step. longest: what the step may take when time was saved
+// for it.
 int64_t Planner::State::chunk_in_time(int64_t most, double limit, double longest) {
   const MicroRows& micro = training.micro_rows();
   const int32_t begin = training.forward_begin();
