@@ -110,15 +110,15 @@ std::vector<SimulatedRequest> to_requests(const Floats& arrivals, const Ints& ad
 
 // Adapters 0 .. serving - 1 serve, those behind them train.
 py::dict run(const ConfigLike& config, const std::string& dtype, double bytes_per_second, double flops_per_second,
-             double launch_seconds, double step_seconds, std::vector<std::pair<double, double>> by_rows,
-             const std::string& cost_model, const Floats& arrivals, const Ints& adapters, const Ints& prompts, const Ints& outputs,
-             int64_t serving, const std::vector<std::vector<int32_t>>& examples, int32_t batch, int32_t accumulation, int64_t rank,
+             double launch_seconds, double step_seconds, const std::string& cost_model, const Floats& arrivals,
+             const Ints& adapters, const Ints& prompts, const Ints& outputs, int64_t serving,
+             const std::vector<std::vector<int32_t>>& examples, int32_t batch, int32_t accumulation, int64_t rank,
              std::optional<std::pair<double, double>> goal, int64_t max_batch_tokens, int64_t max_sequences, int64_t kv_tokens,
              int64_t adapter_pool_bytes, int64_t max_queue, bool reject_late, double seconds, bool until_served, double noise,
              uint64_t seed) {
   const ModelConfig model = parse_hf_config(to_config_json(config, "config"), "config");
   const ModelShape shape = shape_of(model, to_dtype(dtype));
-  const DeviceRates rates{bytes_per_second, flops_per_second, launch_seconds, step_seconds, std::move(by_rows)};
+  const DeviceRates rates{bytes_per_second, flops_per_second, launch_seconds, step_seconds};
   CostModel truth(shape, rates);
   if (!cost_model.empty()) truth.load(cost_model);
 
@@ -165,17 +165,16 @@ void bind_simulator(py::module_& m) {
   m.def("model_sizes", &model_sizes, py::arg("config"), py::kw_only(), py::arg("dtype"), py::arg("rank"),
         "Bytes of a model's parts: weights, a token of KV, an adapter on all linears, what a training row keeps.");
   m.def("simulate", &run, py::arg("config"), py::kw_only(), py::arg("dtype"), py::arg("bytes_per_second"),
-        py::arg("flops_per_second"), py::arg("launch_seconds"), py::arg("step_seconds"),
-        py::arg("by_rows") = std::vector<std::pair<double, double>>{}, py::arg("cost_model") = "", py::arg("arrivals"),
-        py::arg("adapters"), py::arg("prompts"), py::arg("outputs"), py::arg("serving"), py::arg("examples"), py::arg("batch") = 1,
-        py::arg("accumulation") = 1, py::arg("rank") = 16, py::arg("goal") = py::none(), py::arg("max_batch_tokens") = 8192,
-        py::arg("max_sequences") = 256, py::arg("kv_tokens"), py::arg("adapter_pool_bytes"), py::arg("max_queue") = 100000,
-        py::arg("reject_late") = false, py::arg("seconds") = 1e18, py::arg("until_served") = false, py::arg("noise") = 0.0,
-        py::arg("seed") = 0,
+        py::arg("flops_per_second"), py::arg("launch_seconds"), py::arg("step_seconds"), py::arg("cost_model") = "",
+        py::arg("arrivals"), py::arg("adapters"), py::arg("prompts"), py::arg("outputs"), py::arg("serving"), py::arg("examples"),
+        py::arg("batch") = 1, py::arg("accumulation") = 1, py::arg("rank") = 16, py::arg("goal") = py::none(),
+        py::arg("max_batch_tokens") = 8192, py::arg("max_sequences") = 256, py::arg("kv_tokens"), py::arg("adapter_pool_bytes"),
+        py::arg("max_queue") = 100000, py::arg("reject_late") = false, py::arg("seconds") = 1e18, py::arg("until_served") = false,
+        py::arg("noise") = 0.0, py::arg("seed") = 0,
         R"(Runs the planner on the cost model's clock and returns what happened, as arrays by request and by mini-batch.
 
 arrivals [n] seconds ascending; adapters, prompts, outputs [n]; adapters below `serving` serve, -1 is the base model; examples:
-per trainer the rows of its examples. by_rows: (rows, operations a second) of passes, instead of flops_per_second. goal: (first token, time per token) seconds, None for throughput. Times are seconds from
+per trainer the rows of its examples. goal: (first token, time per token) seconds, None for throughput. Times are seconds from
 the start, negative where it did not happen. Raises InvalidArgument naming the argument.)");
 }
 

@@ -21,7 +21,7 @@ namespace {
 
 constexpr double kMargin = 0.95;        // of the time per token: the rest is for what the model does not foresee
 constexpr double kGap = 0.98;           // of it, from one token of a request to the next behind the first two
-constexpr double kAhead = 1;            // of it: time that tokens may be ahead of their schedule; what is beyond is not made use of
+constexpr double kAhead = 2;            // of it: time that tokens may be ahead of their schedule; what is beyond is not made use of
 constexpr double kLongest = 1.25;       // of it: the longest gap that is planned, when steps before were shorter
 constexpr double kCatchUp = 0.5;        // a step that makes up for late ones still has this share of it
 constexpr double kPromptShare = 0.25;   // of the time to first token: the longest step of prompts alone

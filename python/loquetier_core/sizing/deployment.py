@@ -43,7 +43,6 @@ class Device:
     step_seconds: float
     memory: float  # bytes
     dtype: str
-    by_rows: tuple[tuple[int, float], ...] = ()  # (rows, flops a second) of a pass: products come in tiles
 
 
 DEVICES = {
@@ -92,7 +91,7 @@ class Deployment:
         o, d = self.options, self.device
         return {
             "config": self.config, "dtype": d.dtype, "bytes_per_second": d.bytes_per_second, "flops_per_second": d.flops_per_second,
-            "launch_seconds": d.launch_seconds, "step_seconds": d.step_seconds, "by_rows": list(d.by_rows),
+            "launch_seconds": d.launch_seconds, "step_seconds": d.step_seconds,
             "cost_model": o.cost_model.read_text().strip() if o.cost_model else "",
             "goal": None if o.no_target else (o.ttft_ms / 1e3, o.tpot_ms / 1e3), "max_batch_tokens": o.max_batch_tokens,
             "max_sequences": o.max_sequences, "kv_tokens": self.kv_tokens, "adapter_pool_bytes": int(self.pool_bytes),
@@ -134,7 +133,6 @@ def make_deployment(options: argparse.Namespace, adapters: int, trainers: int, r
         bytes_per_second=options.bytes_per_second or known.bytes_per_second,
         flops_per_second=options.flops_per_second or known.flops_per_second,
         memory=options.memory_gib * GIB if options.memory_gib else known.memory,
-        by_rows=() if options.flops_per_second else known.by_rows,
     )
     config = load_config(options.model)
     sizes: dict[str, float] = _native.model_sizes(config, dtype=device.dtype, rank=rank)
