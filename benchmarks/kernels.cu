@@ -1,6 +1,7 @@
 // LoRA kernels of the CUDA backend beside the base products of one layer of an 8B Llama shape (H 4096, F 14336, 32 query and 8 key
 // heads of 128).
-//   kernels [rank]                 prints a table and, as its last line, JSON
+//   kernels [rank]                 prints tables and, as its last line, JSON
+//   kernels attention              those of decodes' attention alone
 // Method: CUDA graphs of several layers with weights of their own (so the L2 is cold), one without and one with adapters, replayed
 // in turn; the LoRA figure is the difference of the medians. Ceilings (copy bandwidth, a large product) are measured in the same
 // run. Data is random. "filled": the way of linear_lora that large batches take when base and LoRA cannot be one product; "1 GEMM":
@@ -9,10 +10,13 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -203,10 +207,102 @@ void products(const std::function<void(const std::string&, double)>& add) {
   }
 }
 
+// Attention of decodes in bf16, this kernel beside cuDNN: sequences over random pages of 16 of a pool that is many times the L2,
+// every launch of a graph with pages of its own.
+void decode_attention(const std::function<void(const std::string&, double)>& add) {
+  struct Case {
+    const char* name;
+    int q_heads, kv_heads, head_size;
+    std::vector<int> lengths;
+  };
+  const auto even = [](int sequences, int keys) { return std::vector<int>(static_cast<size_t>(sequences), keys); };
+  std::vector<int> mixed, one_long = even(63, 512);
+  for (int i = 0; i < 64; ++i) mixed.push_back(1 + (i * 2654435761u >> 7) % 4096);
+  one_long.push_back(8192);
+  std::vector<Case> cases;
+  for (const auto& [sequences, keys] : std::vector<std::pair<int, int>>{{1, 512},
+                                                                        {1, 8192},
+                                                                        {1, 131072},
+                                                                        {4, 2048},
+                                                                        {8, 512},
+                                                                        {8, 8192},
+                                                                        {8, 32768},
+                                                                        {16, 512},
+                                                                        {16, 2048},
+                                                                        {32, 512},
+                                                                        {64, 64},
+                                                                        {64, 512},
+                                                                        {64, 2048},
+                                                                        {64, 8192},
+                                                                        {128, 512},
+                                                                        {256, 512},
+                                                                        {256, 2048}})
+    cases.push_back({"", 32, 8, 128, even(sequences, keys)});
+  cases.push_back({"1 .. 4096 keys", 32, 8, 128, mixed});
+  cases.push_back({"63 x 512, 8192", 32, 8, 128, one_long});
+  cases.push_back({"", 28, 4, 128, even(64, 2048)});
+  cases.push_back({"", 32, 32, 128, even(64, 512)});
+  cases.push_back({"", 32, 2, 128, even(64, 2048)});
+  cases.push_back({"", 14, 2, 64, even(64, 2048)});
+  cases.push_back({"", 32, 8, 64, even(64, 2048)});
+  std::printf("attention of decodes, us | %9s %6s | %9s %6s\n", "ours", "GB/s", "cuDNN", "GB/s");
+  Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
+  auto& ops = static_cast<cuda::CudaOps&>(*b.ops);
+  const int page_size = 16, launches = 6;
+  const int64_t elements = int64_t{1} << 30;
+  const KvLayer kv = {b.random(elements >> 16, 1 << 16).data, b.random(elements >> 16, 1 << 16).data};
+  for (const Case& c : cases) {
+    const AttentionShape shape = {c.q_heads, c.kv_heads, c.head_size, 1 / std::sqrt(static_cast<float>(c.head_size))};
+    const int64_t width = int64_t{c.kv_heads} * c.head_size, pool = elements / (page_size * width);
+    const KvShape kv_shape = {pool, page_size, c.kv_heads, c.head_size};
+    const auto sequences = static_cast<int64_t>(c.lengths.size());
+    const TensorView q = b.random(sequences, int64_t{c.q_heads} * c.head_size),
+                     out = b.random(sequences, int64_t{c.q_heads} * c.head_size);
+    std::vector<int32_t> order(static_cast<size_t>(pool)), begin, rows(c.lengths.size(), 1),
+        keys(c.lengths.begin(), c.lengths.end());
+    std::iota(order.begin(), order.end(), 0);
+    std::mt19937 random(1);
+    std::shuffle(order.begin(), order.end(), random);
+    for (int32_t i = 0; i < sequences; ++i) begin.push_back(i);
+    PagedBatch batch;
+    batch.sequences = batch.decodes = static_cast<int32_t>(sequences);
+    batch.max_pages = (*std::max_element(keys.begin(), keys.end()) + page_size - 1) / page_size;
+    batch.row_begin = b.upload(begin), batch.rows = b.upload(rows), batch.kv_len = b.upload(keys);
+    batch.host_row_begin = begin.data(), batch.host_rows = rows.data(), batch.host_kv_len = keys.data();
+    std::vector<PagedBatch> batches(launches, batch);
+    size_t next = 0;
+    for (PagedBatch& one : batches) {
+      std::vector<int32_t> table(c.lengths.size() * static_cast<size_t>(batch.max_pages));
+      for (int32_t& page : table) page = order[next++ % order.size()];
+      one.page_table = b.upload(table);
+    }
+    const auto ours_graph = b.capture([&] {
+      for (const PagedBatch& one : batches) ops.attention_paged(q, kv, kv_shape, one, shape, out);
+    });
+    const auto cudnn_graph = b.capture([&] {
+      for (const PagedBatch& one : batches) ops.attention_paged_by_cudnn(q, kv, kv_shape, one, shape, out);
+    });
+    const std::vector<double> t = b.time({ours_graph, cudnn_graph}, 20);
+    const double bytes = 4.0 * static_cast<double>(width) * std::accumulate(c.lengths.begin(), c.lengths.end(), 0.0);
+    char name[64];
+    if (c.name[0] != '\0') std::snprintf(name, sizeof(name), "%s", c.name);
+    else std::snprintf(name, sizeof(name), "%dx%d", static_cast<int>(sequences), c.lengths[0]);
+    char heads[32] = "";
+    if (c.q_heads != 32 || c.kv_heads != 8 || c.head_size != 128)
+      std::snprintf(heads, sizeof(heads), " %d/%d/%d", c.q_heads, c.kv_heads, c.head_size);
+    const double ours = t[0] / launches, cudnn = t[1] / launches;
+    std::printf("%-24s | %9.1f %6.0f | %9.1f %6.0f\n", (std::string(name) + heads).c_str(), ours, bytes / ours / 1e3, cudnn,
+                bytes / cudnn / 1e3);
+    add("attention_us_" + (std::string(name) + heads), ours);
+    add("attention_cudnn_us_" + (std::string(name) + heads), cudnn);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int rank = argc > 1 ? std::atoi(argv[1]) : 16;
+  const bool attention_alone = argc > 1 && std::string(argv[1]) == "attention";
+  const int rank = argc > 1 && !attention_alone ? std::atoi(argv[1]) : 16;
   cudaDeviceProp properties;
   must(cudaGetDeviceProperties(&properties, 0));
   std::string json = "{\"gpu\": \"" + std::string(properties.name) + "\", \"rank\": " + std::to_string(rank);
@@ -230,6 +326,11 @@ int main(int argc, char** argv) {
     copy_gbs = gbs;
   }
 
+  decode_attention(add);
+  if (attention_alone) {
+    std::printf("%s}\n", json.c_str());
+    return 0;
+  }
   products(add);
   std::printf("%6s %9s | %9s %9s %7s | %9s %9s %9s %9s %9s\n", "rows", "adapters", "base us", "LoRA us", "%", "1 GEMM", "filled",
               "3 calls", "shrink", "expand");

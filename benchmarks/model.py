@@ -2,6 +2,7 @@
 
     python benchmarks/model.py --out benchmarks/results/model.json         # every case
     python benchmarks/model.py --cases train,decode --profile              # some, with the kernels' times
+    python benchmarks/model.py --cases train --first --kv-tokens 4096 --pool-gib 0.25    # memory in use
     python benchmarks/model.py --cases latency --tpot-ms 30                # training beside live decodes under a target
     python benchmarks/model.py --side peft                                 # transformers + PEFT on the same GPU
 
@@ -64,6 +65,8 @@ def random_weights(config: dict, generator_device: str):
     shapes = weight_shapes(config)
     largest = max(torch.Size(s).numel() for s in shapes.values())
     block = torch.empty(largest + (1 << 20), dtype=torch.bfloat16, device=generator_device).normal_(0, 0.02).cpu()
+    if generator_device == "cuda":
+        torch.cuda.empty_cache()
     ones = torch.ones(config["hidden_size"], dtype=torch.bfloat16)
     weights = {}
     for i, (name, shape) in enumerate(shapes.items()):
@@ -122,7 +125,9 @@ class Bench:
         begin = time.perf_counter()
         model = lq.BaseModel.from_state_dict(self.config, random_weights(self.config, "cuda"))
         made = time.perf_counter()
-        options = dict(kv_cache_tokens=80 * 1024, adapter_pool_bytes=7 << 30, max_sequences=256, max_batch_tokens=8192)
+        options = dict(
+            kv_cache_tokens=args.kv_tokens, adapter_pool_bytes=int(args.pool_gib * 2**30), max_sequences=256, max_batch_tokens=8192
+        )  # fmt: skip
         if args.tpot_ms:
             options["latency"] = lq.LatencyTarget(ttft_ms=1000, tpot_ms=args.tpot_ms)
         if args.trace:
@@ -165,7 +170,8 @@ class Bench:
     # ------------------------------------------------------------ training
 
     def train(self) -> None:
-        for adapters, sequences, length in ((1, 4, 2048), (1, 2, 4096), (4, 4, 2048), (16, 16, 512), (1, 16, 512)):
+        shapes = ((1, 4, 2048), (1, 2, 4096), (4, 4, 2048), (16, 16, 512), (1, 16, 512))
+        for adapters, sequences, length in shapes[: 1 if self.args.first else None]:
 
             def step(adapters=adapters, sequences=sequences, length=length) -> None:
                 each = sequences // adapters
@@ -221,13 +227,15 @@ class Bench:
             context = 512 if sequences <= 64 else 256
             steps = 8 + self.args.repeats * 10
             self.start_decodes(sequences, adapters, context, steps + 10)
-            times = []
+            times, host = [], []
             for i in range(steps):
-                begin = time.perf_counter()
+                before, begin = self.engine.stats().host_seconds, time.perf_counter()
                 self.engine.step()
                 if i >= 8:
                     times.append(time.perf_counter() - begin)
+                    host.append(self.engine.stats().host_seconds - before)
             name = f"decode_{sequences}x{adapters}"
+            self.note(name + "_host_us", statistics.median(host) * 1e6)
             ms = statistics.median(times) * 1e3
             self.note(name + "_ms", ms)
             floor = weights + sequences * (context + steps / 2) * kv_row + adapters * adapter_bytes
@@ -257,9 +265,25 @@ class Bench:
             self.profiled(f"prefill_{adapters}", step)
 
     def mixed(self) -> None:
-        """The step that holds the forward of 2,048 training rows, alone and with 64 decodes. Only its forward is timed apart by
-        what the next steps of the same kind take; the figure here is the whole step, backward included."""
+        """Steps of 2,048 rows of an example alone and with 64 decodes beside them: forward (an evaluation), and the whole training
+        step, backward and update included."""
         times = {}
+        for decodes in (0, 64):
+            samples = []
+            if decodes:
+                self.start_decodes(decodes, 8, 512, 10 + 2 * self.args.repeats)
+            for i in range(2 + self.args.repeats):
+                self.engine.submit_eval("a1", [self.lq.Example(input_ids=self.ids(2048, i))])
+                begin = time.perf_counter()
+                result = self.engine.step()
+                if i >= 2:
+                    samples.append(time.perf_counter() - begin)
+                if len(result.evaluated) != 1 or len(result.tokens) != decodes:
+                    raise RuntimeError(f"mixed: expected an evaluation and {decodes} tokens in one step, got {result}")
+            times[decodes] = statistics.median(samples) * 1e3
+            self.note(f"forward_2048_with_{decodes}_decodes_ms", times[decodes])
+            self.drain()
+        self.note("mixed_forward_over_alone", times[64] / times[0])
         for decodes in (0, 64):
             samples = []
             if decodes:
@@ -454,6 +478,9 @@ def main() -> None:
     parser.add_argument("--side", choices=("loquetier", "peft"), default="loquetier")
     parser.add_argument("--tpot-ms", type=float, help="the engine's latency target, time per output token")
     parser.add_argument("--trace", type=Path, help="a Chrome trace of every step")
+    parser.add_argument("--kv-tokens", type=int, default=80 * 1024)
+    parser.add_argument("--pool-gib", type=float, default=7, help="of device memory for adapters")
+    parser.add_argument("--first", action="store_true", help="of train, only the first shape: with the two above, for memory_gib")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     cases = args.cases.split(",")

@@ -1,5 +1,7 @@
-// The attention ops: checks, and the choice between cuDNN (attention_cudnn.cpp, which holds the facts to know) and the plain
-// kernels (attention_plain.cu): those serve the deterministic mode's forward and whatever cuDNN refuses.
+// The attention ops: checks, and the choice between the kernel for decodes (attention_decode.cu), cuDNN for all else
+// (attention_cudnn.cpp, which holds the facts to know) and the plain kernels (attention_plain.cu): those serve the deterministic
+// mode's forward and whatever cuDNN refuses.
+#include "attention_decode.h"
 #include "attention_plain.h"
 #include "attention_plans.h"
 #include "core/check.h"
@@ -45,8 +47,15 @@ void CudaOps::attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape,
   }
   const int32_t chunks = batch.sequences - batch.decodes;
   if (chunks > 0) attention_plans_->paged(stream(), attention_scratch_, q, kv, kv_shape, batch, 0, chunks, shape, out);
-  if (batch.decodes > 0)
+  if (batch.decodes > 0 && !decode_attention(attention_decode_workspace_.data(), q, kv, kv_shape, batch, chunks, batch.decodes,
+                                             shape, out, device_.processors(), stream()))
     attention_plans_->paged(stream(), attention_scratch_, q, kv, kv_shape, batch, chunks, batch.decodes, shape, out);
+}
+
+void CudaOps::attention_paged_by_cudnn(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,
+                                       const AttentionShape& shape, TensorView out) {
+  device_.use();
+  attention_plans_->paged(stream(), attention_scratch_, q, kv, kv_shape, batch, 0, batch.sequences, shape, out);
 }
 
 void CudaOps::attention_packed(TensorView q, TensorView k, TensorView v, const PackedBatch& batch, const AttentionShape& shape,

@@ -1,6 +1,6 @@
 // The CUDA backend's class. Each topic has its own file: device.cpp, linear.cpp (construction, products), elementwise.cu, norm.cu,
-// rope.cu, lora_*.cu, fused_linear.cpp (base and LoRA as one product), attention.cpp with attention_cudnn.cpp and
-// attention_plain.cu (any shape), loss.cu, sampling.cu, adamw.cu.
+// rope.cu, lora_*.cu, fused_linear.cpp (base and LoRA as one product), attention.cpp with attention_decode.cu,
+// attention_cudnn.cpp and attention_plain.cu (any shape), loss.cu, sampling.cu, adamw.cu.
 //
 // Ops are ordered on one stream (a branch may run beside it inside an op), allocate nothing and wait for nothing, so they can be
 // captured in a CUDA graph. Two things are made at first use, before any capture: attention plans (cuDNN compiles them), and
@@ -150,6 +150,9 @@ class CudaOps final : public Ops {
 
   void attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, const AttentionShape& shape,
                        TensorView out) override;
+  // attention_paged by cuDNN alone, for the benchmark.
+  void attention_paged_by_cudnn(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,
+                                const AttentionShape& shape, TensorView out);
   void attention_packed(TensorView q, TensorView k, TensorView v, const PackedBatch& batch, const AttentionShape& shape,
                         TensorView out, TensorView lse) override;
   void attention_backward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dout,
@@ -217,6 +220,7 @@ class CudaOps final : public Ops {
     cudaStream_t stream = nullptr;
     cudaEvent_t fork = nullptr, join = nullptr;
   } branch_;
+  Buffer attention_decode_workspace_;  // attention_decode.h
 };
 
 }  // namespace loquetier::cuda

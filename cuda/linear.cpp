@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "attention_decode.h"
 #include "attention_plans.h"
 #include "core/check.h"
 #include "cuda_check.h"
@@ -111,6 +112,8 @@ CudaOps::CudaOps(int device, DType compute_dtype, bool deterministic)
   blas_workspace_ = Buffer(device_, kBlasWorkspace);
   decode_workspace_ = Buffer(device_, decode_workspace_bytes(device_.processors()));
   device_.zero(decode_workspace_.data(), decode_workspace_.bytes());
+  attention_decode_workspace_ = Buffer(device_, decode_attention_workspace_bytes(device_.processors()));
+  device_.zero(attention_decode_workspace_.data(), attention_decode_workspace_.bytes());
   check(cublasLtCreate(&blas_), "cublasLtCreate");
   check(cudaStreamCreateWithFlags(&branch_.stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
   check(cudaEventCreateWithFlags(&branch_.fork, cudaEventDisableTiming), "cudaEventCreateWithFlags");
@@ -137,7 +140,8 @@ void CudaOps::reserve(const OpsLimits& limits) {
 }
 
 size_t CudaOps::workspace_bytes() const {
-  size_t bytes = blas_workspace_.bytes() + decode_workspace_.bytes() + fused_linear_->workspace_bytes();
+  size_t bytes =
+      blas_workspace_.bytes() + decode_workspace_.bytes() + attention_decode_workspace_.bytes() + fused_linear_->workspace_bytes();
   for (const Scratch* scratch : {&sample_scratch_, &norm_scratch_, &lora_scratch_, &attention_scratch_}) bytes += scratch->bytes();
   return bytes;
 }

@@ -16,6 +16,7 @@ TINY = LLAMA_8B | {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+WIDE = TINY | {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64, "num_attention_heads": 16}  # for a GPU
 SHARES = (
     "weight_bytes",
     "kv_bytes",
@@ -85,3 +86,80 @@ def test_the_report_of_a_model(tmp_path):
     assert "adapter pool" in done.stdout and "training state" in done.stdout
     missing = subprocess.run([*command, str(tmp_path / "missing")], capture_output=True, text=True)
     assert missing.returncode == 2 and "config.json" in missing.stderr
+
+
+@pytest.fixture
+def card():
+    """torch on a GPU, to fill the memory that an engine wants; skipped without one."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    try:
+        lq.Engine(WIDE, device="cuda", kv_cache_tokens=64, adapter_pool_bytes=1 << 20).close()
+    except lq.DeviceError as error:
+        pytest.skip(str(error))
+    yield torch
+    torch.cuda.empty_cache()
+
+
+def fill(torch, leave: int):
+    """Takes all device memory but `leave` bytes, down to pieces of 1 MiB; freed when the result is."""
+    taken = []
+    piece = 1 << 36
+    while piece >= 1 << 20:
+        if torch.cuda.mem_get_info()[0] - leave >= piece:
+            try:
+                taken.append(torch.empty(piece, dtype=torch.uint8, device="cuda"))
+                continue
+            except torch.cuda.OutOfMemoryError:
+                pass
+        piece //= 2
+    return taken
+
+
+@pytest.mark.gpu
+def test_no_memory_on_the_card_at_start(card):
+    options = {"device": "cuda", "kv_cache_tokens": 4096, "adapter_pool_bytes": 1 << 30, "max_batch_tokens": 64}
+    taken = fill(card, leave=300 << 20)
+    with pytest.raises(lq.OutOfMemory, match="expected the shares below to fit"):
+        lq.Engine(WIDE, **options)
+    before = card.cuda.mem_get_info()[0]
+    with pytest.raises(lq.OutOfMemory):  # and what the refused engine took is given back
+        lq.Engine(WIDE, **options)
+    assert abs(card.cuda.mem_get_info()[0] - before) <= 32 << 20
+    taken.clear()
+    card.cuda.empty_cache()
+    with lq.Engine(WIDE, **options) as engine:
+        request = engine.submit_infer([1, 2, 3], sampling=lq.SamplingParams(max_tokens=4, ignore_eos=True))
+        assert [r.request_id for r in drain(engine)[0]] == [request]
+
+
+@pytest.mark.gpu
+def test_no_memory_on_the_card_in_the_middle(card):
+    """Training state is the one thing taken later: without memory for it the job ends with the reason, all else goes on."""
+    options = {"device": "cuda", "kv_cache_tokens": 4096, "adapter_pool_bytes": 1 << 28, "max_batch_tokens": 256}
+    with lq.Engine(WIDE, **options) as engine:
+        engine.add_adapter("a", lq.LoraConfig(r=256, target_modules=["all-linear"]))
+        warm = engine.submit_infer([1, 2, 3], adapter="a", sampling=lq.SamplingParams(max_tokens=4, ignore_eos=True))
+        assert drain(engine)[0][0].request_id == warm
+        taken = fill(card, leave=0)
+        job = engine.submit_train("a", [list(range(1, 50))], optimizer=lq.AdamW(lr=1e-3))
+        request = engine.submit_infer([4, 5, 6], adapter="a", sampling=lq.SamplingParams(max_tokens=8, ignore_eos=True))
+        finished, trained = drain(engine)
+        assert [r.finish_reason for r in finished] == ["length"] and finished[0].request_id == request
+        assert [t.job_id for t in trained] == [job] and not trained[0].applied
+        assert "expected room for" in trained[0].reason and "bytes" in trained[0].reason
+        taken.clear()
+        card.cuda.empty_cache()
+        job = engine.submit_train("a", [list(range(1, 50))], optimizer=lq.AdamW(lr=1e-3))
+        assert [t.applied for t in drain(engine)[1]] == [True]
+
+
+def drain(engine):
+    """(finished requests, ended training jobs)."""
+    finished, trained = [], []
+    while engine.has_work():
+        result = engine.step()
+        finished += result.finished
+        trained += result.trained
+    return finished, trained

@@ -7,6 +7,8 @@ helpers/oracle.py, test_training.py (losses, accumulation, dropout), test_format
 
 from __future__ import annotations
 
+import copy
+
 import loquetier_core as lq
 import numpy as np
 import pytest
@@ -110,7 +112,8 @@ def check_eval(oracle, adapter, examples, result) -> None:
 
 @pytest.mark.parametrize("family", ["llama31", "qwen2", "qwen3"])
 def test_backends(tmp_path, device, family):
-    """Every backend on the same bf16 values. CUDA computes in bf16: 2e-2 in the Frobenius norm."""
+    """Every backend on the same bf16 values. CUDA computes in bf16: 2e-2 in the Frobenius norm, or where this tiny model makes more
+    of its rounding, what transformers + PEFT in bf16 are off by, and a quarter more."""
     names = ["wide", "vocab", "deep"]
     folder = models.save_model(models.make_model(family, dtype=torch.bfloat16), tmp_path / "model")
     tuned = adapters.attach(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), names)
@@ -118,7 +121,7 @@ def test_backends(tmp_path, device, family):
         for key, p in tuned.named_parameters():
             if ".lora_" in key:
                 p.copy_(p.bfloat16())
-    oracle = Oracle(tuned)
+    oracle, rounded = Oracle(tuned), Oracle(copy.deepcopy(tuned).bfloat16())
     engine = lq.Engine(folder, device=device, kv_cache_tokens=1024, max_batch_tokens=512)
     for name, path in adapters.save(tuned, tmp_path / "adapters").items():
         engine.add_adapter(name, path)
@@ -128,20 +131,30 @@ def test_backends(tmp_path, device, family):
     requests = {name: engine.submit_infer(prompt, adapter=name, sampling=sampling) for name, prompt in prompts.items()}
     jobs = {name: engine.submit_train(name, drive.to_examples(examples)) for name in names}
     done = drive.run(engine)
-    bound = TOLERANCE if engine.device == "cpu" else 2e-2
+
+    def check(got: np.ndarray, want_of, what: str) -> None:
+        want = want_of(oracle)
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        bound = TOLERANCE
+        if engine.device != "cpu":
+            bound = max(2e-2, 1.25 * np.linalg.norm(want_of(rounded) - want) / np.linalg.norm(want))
+        print(f"{family} {what}: {error:.2e} of {bound:.2e}")
+        assert error <= bound, f"{what}: {error:.3g}, expected at most {bound:.3g}"
+
     for name, request in requests.items():
-        got, want = (
-            np.array(done.finished[request].prompt_logprobs[1:]),
-            oracle.logprobs(name, {"input_ids": prompts[name]}).numpy()[1:],
-        )
-        assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want), f"{name} prompt log-probabilities"
+        got, prompt = np.array(done.finished[request].prompt_logprobs[1:]), {"input_ids": prompts[name]}
+        check(got, lambda o, name=name, prompt=prompt: o.logprobs(name, prompt).numpy()[1:], f"{name} prompt log-probabilities")
     for name, job in jobs.items():
-        want_loss = oracle.loss(name, examples).item()
-        assert done.trained[job].loss == pytest.approx(want_loss, rel=bound)
-        got_state, want_state = engine.adapter_state(name, "gradients"), oracle.gradients(name, [examples])
-        got = np.concatenate([got_state[key].ravel() for key in want_state])
-        want = np.concatenate([value.numpy().ravel() for value in want_state.values()])
-        assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want), f"{name} gradients"
+        check(np.array([done.trained[job].loss]), lambda o, name=name: np.array([o.loss(name, examples).item()]), f"{name} loss")
+        got_state = engine.adapter_state(name, "gradients")
+        keys = list(oracle.gradients(name, [examples]))
+        got = np.concatenate([got_state[key].ravel() for key in keys])
+
+        def gradients(o, name=name, keys=keys):
+            state = o.gradients(name, [examples])
+            return np.concatenate([state[key].float().numpy().ravel() for key in keys])
+
+        check(got, gradients, f"{name} gradients")
 
 
 # ---------------------------------------------------------------- 20 steps

@@ -17,7 +17,7 @@ if(LOQUETIER_WERROR)
 endif()
 
 set(loquetier_cuda_objects)
-foreach(name IN ITEMS adamw attention_plain elementwise linear_decode lora_decode lora_fused_bf16 lora_fused_f16 lora_fused_pack
+foreach(name IN ITEMS adamw attention_decode attention_plain elementwise linear_decode lora_decode lora_fused_bf16 lora_fused_f16 lora_fused_pack
     lora_grad lora_reduce lora_spread lora_tall lora_wide loss norm rope sampling)
   set(source ${PROJECT_SOURCE_DIR}/cuda/${name}.cu)
   set(object ${PROJECT_BINARY_DIR}/cuda/${name}.cu.o)

@@ -14,6 +14,12 @@ constexpr size_t kBlasWorkspace = size_t{32} << 20;  // what cuBLAS recommends f
 constexpr int kHopperProcessors = 132;  // of a device that is not there: H100 and H200 (SXM)
 // Of a processor, for the product of few rows: sums of 256 columns by 64 rows, and a ticket (cuda/linear_decode.cu).
 constexpr size_t kDecodeWorkspace = 256 * 64 * sizeof(float) + sizeof(uint64_t);
+// Of a processor, for attention of decodes: two unfinished runs of a block, each the sums of a tile of heads and a mark for each
+// of them, and a ticket (cuda/attention_decode.cu).
+constexpr int kDecodeAttentionBlocks = 2;  // of a processor
+constexpr int kMostDecodeGroup = 16, kMostDecodeHeadSize = 128;
+constexpr size_t kDecodeAttentionWorkspace =
+    kDecodeAttentionBlocks * (size_t{2} * kMostDecodeGroup * (kMostDecodeHeadSize + 2) * sizeof(float) + sizeof(uint32_t));
 // Of the fused product's E (cuda/lora_fused.h): rows and columns of a block, blocks along the rows at most, groups, blocks in all.
 constexpr int64_t kFusedBlockRows = 256, kFusedBlockColumns = 64, kMostFusedPairs = 128, kMostFusedGroups = 64,
                   kMostFusedBlocks = 320;
@@ -22,7 +28,7 @@ constexpr size_t kMostLoraShares = size_t{64} << 20;
 
 struct CudaWorkspace {
   size_t blas = kBlasWorkspace;
-  size_t decode = 0;     // sums of the product of few rows
+  size_t decode = 0;     // sums of the product of few rows and of decodes' attention
   size_t fused = 0;      // S of large groups, laid out for base and LoRA as one product
   size_t lora = 0;       // shares of ds and of gradients
   size_t attention = 0;  // plans' workspaces and tables
@@ -37,7 +43,7 @@ inline CudaWorkspace cuda_workspace(const OpsLimits& limits, bool deterministic,
   constexpr size_t kNormPartials = size_t{1} << 18;
   const auto up = [](int64_t n, int64_t to) { return static_cast<size_t>((n + to - 1) / to * to); };
   CudaWorkspace bytes;
-  bytes.decode = static_cast<size_t>(processors) * kDecodeWorkspace;
+  bytes.decode = static_cast<size_t>(processors) * (kDecodeWorkspace + kDecodeAttentionWorkspace);
   if (!deterministic) {
     // A group has a block wherever it meets one of a pair's two tiles: at most as often as there are groups and tiles.
     const auto pairs = std::min<int64_t>(static_cast<int64_t>(up(limits.rows, kFusedBlockRows)) / kFusedBlockRows, kMostFusedPairs);

@@ -28,6 +28,25 @@ inline std::vector<AttentionSpec> attention_specs(bool ugly) {
   return specs;
 }
 
+// Decodes alone: ends inside pages and on their edges, one key, lengths far apart, groups of query heads of every kind of tile,
+// sequences without a row in front, between and at the end, and more sequences than a warp has lanes.
+inline std::vector<AttentionSpec> decode_specs() {
+  std::vector<AttentionSpec> specs = {
+      {32, 8, 128, {{1, 1}, {1, 15}, {1, 16}, {1, 17}, {1, 63}, {1, 64}, {1, 65}, {1, 127}, {1, 128}, {1, 129}, {1, 512}}},
+      {2, 2, 64, {{0, 0}, {1, 2}, {0, 0}, {1, 300}, {1, 77}, {0, 0}}},
+      {14, 2, 64, {{1, 33}, {1, 4001}, {1, 8}}},
+      {4, 1, 64, {{1, 9000}}},
+      {7, 1, 128, {{1, 5000}, {0, 0}, {1, 1}, {1, 700}}},
+      {16, 1, 128, {{1, 31}, {1, 2500}}},
+      {24, 2, 64, {{1, 1000}, {1, 49}}},
+      {8, 8, 128, {{0, 0}, {0, 0}, {1, 1111}}},
+      {17, 1, 64, {{1, 40}, {1, 3}}},  // more heads to a group than the kernel for decodes takes
+      {1, 1, 64, {}},
+  };
+  for (int32_t i = 0; i < 150; ++i) specs.back().lengths.push_back({i % 7 == 3 ? 0 : 1, i % 7 == 3 ? 0 : 1 + i * i % 301});
+  return specs;
+}
+
 inline AttentionShape shape_of(const AttentionSpec& spec) {
   return {spec.q_heads, spec.kv_heads, spec.head_size, 1.0f / std::sqrt(static_cast<float>(spec.head_size))};
 }
@@ -67,13 +86,13 @@ class PackedRig {
 };
 
 // The same sequences with keys and values scattered over shuffled pages; slots that hold no key are NaN. Prompt chunks first,
-// decodes last.
+// decodes last, as is what has no rows (a recorded step's padding). The first `shared` keys, whole pages, are those of the first
+// sequence, in its pages.
 class PagedRig {
  public:
-  PagedRig(Rig& rig, const AttentionSpec& spec, int32_t page_size) : shape(shape_of(spec)) {
+  PagedRig(Rig& rig, const AttentionSpec& spec, int32_t page_size, int32_t shared = 0) : shape(shape_of(spec)) {
     auto lengths = spec.lengths;
-    std::erase_if(lengths, [](const auto& length) { return length.first == 0; });
-    std::stable_partition(lengths.begin(), lengths.end(), [](const auto& length) { return length.first != 1; });
+    std::stable_partition(lengths.begin(), lengths.end(), [](const auto& length) { return length.first > 1; });
     int64_t q_rows = 0, kv_rows = 0;
     int32_t pages = 0;
     for (const auto& [queries, keys] : lengths) {
@@ -83,7 +102,7 @@ class PagedRig {
       kv_len_.push_back(keys);
       q_rows += queries;
       kv_rows += keys;
-      batch.decodes += queries == 1;
+      batch.decodes += queries <= 1;
       const int32_t used = (keys + page_size - 1) / page_size;
       batch.max_pages = std::max(batch.max_pages, used);
       pages += used;
@@ -93,6 +112,13 @@ class PagedRig {
     q = rig.random(q_rows, int64_t{spec.q_heads} * spec.head_size);
     k = rig.random(kv_rows, width);
     v = rig.random(kv_rows, width);
+
+    for (size_t s = 1; s < sequences.size(); ++s)
+      for (int64_t key = 0; key < std::min<int64_t>(shared, sequences[s].kv_rows); ++key)
+        for (int64_t i = 0; i < width; ++i) {
+          k(sequences[s].kv_begin + key, i) = k(key, i);
+          v(sequences[s].kv_begin + key, i) = v(key, i);
+        }
 
     kv_shape = {pages + 1, page_size, spec.kv_heads, spec.head_size};
     std::vector<int32_t> order;
@@ -105,7 +131,7 @@ class PagedRig {
     for (size_t s = 0; s < sequences.size(); ++s)
       for (int64_t key = 0; key < sequences[s].kv_rows; ++key) {
         int32_t& page = page_table_[s * static_cast<size_t>(batch.max_pages) + static_cast<size_t>(key / page_size)];
-        if (key % page_size == 0) page = order[next++];
+        if (key % page_size == 0) page = s > 0 && key < shared ? page_table_[static_cast<size_t>(key / page_size)] : order[next++];
         const int64_t at = (int64_t{page} * page_size + key % page_size) * width;
         for (int64_t i = 0; i < width; ++i) {
           slots_k(0, at + i) = k(sequences[s].kv_begin + key, i);

@@ -1,0 +1,487 @@
+// Attention of one query row a sequence over paged keys and values. Bound by their bytes, so the kernel is a stream of them through
+// shared memory.
+//
+// The work is all keys of all sequences and kv heads in a row, in units of 64 keys; each block takes an equal run of units,
+// wherever it begins and ends, so uneven lengths leave no processor idle and one long sequence keeps all of them busy. Lengths are
+// read on the device: a recorded launch serves whatever batch it meets. A warp takes 16 keys of each unit, has its own ring of
+// stages (cp.async) and its own running softmax; the ring runs ahead over the ends of sequences, and the warps meet only there. The
+// query heads of a kv head are one tile, so keys and values are read once: S = K q^T with the keys as m and the heads as n, then
+// O^T += V^T P^T, whose P^T is S with its 8 x 8 blocks transposed in registers.
+//
+// A kv head of a sequence whose units lie in several blocks: each block leaves its sums in memory, and the last of them to come
+// (a ticket) adds them up, in the order of the blocks. So the same batch has the same result bit for bit; which keys are added up
+// together does depend on the other sequences, and the deterministic mode has the plain kernels.
+#include <algorithm>
+#include <bit>
+
+#include "attention_decode.h"
+#include "lora.cuh"
+#include "ops/workspace.h"
+#include "tma.cuh"
+
+namespace loquetier::cuda {
+
+namespace {
+
+constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+constexpr int kTileKeys = 16, kUnitKeys = kWarps * kTileKeys;
+constexpr int kRingBytes = 24 * 1024;  // of a warp
+constexpr int kHeads = 8;              // of a tile of n
+
+template <int kD>
+struct Tiling {
+  static constexpr int row = kD * 2, matrix = kTileKeys * row, stage = 2 * matrix;  // K and V
+  static constexpr int stages = kRingBytes / stage;
+  static constexpr int meeting = kWarps * kHeads * kD * static_cast<int>(sizeof(float));  // the warps' sums of eight heads
+  static constexpr int shared = kWarps * kRingBytes + meeting;
+};
+
+struct DecodeAttentionArgs {
+  const void* q;
+  int64_t ld_q;
+  void* out;
+  int64_t ld_out;
+  const void* k;
+  const void* v;
+  const int32_t* row_begin;
+  const int32_t* rows;
+  const int32_t* kv_len;
+  const int32_t* page_table;
+  int sequences, max_pages, page_bits;  // a page holds 2^page_bits keys
+  int kv_heads, group;
+  float scale;        // of the scores, to base 2
+  unsigned* tickets;  // [blocks] 0 between launches
+  float2* marks;      // [blocks, 2, kMostHeads] largest score and sum of exponentials
+  float* sums;        // [blocks, 2, kMostHeads, kD]
+};
+constexpr int kMostHeads = kMostDecodeGroup;
+static_assert(kMostHeads % kHeads == 0);
+
+__device__ inline float power_of_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 16 bytes that nothing else will read, zeros unless `real`.
+__device__ inline void copy_async(uint32_t to, const std::byte* from, bool real) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(real ? 16 : 0),
+               "l"(kStreamOnce)
+               : "memory");
+}
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ inline void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+struct Fragment {
+  uint32_t v[4];
+};
+__device__ inline Fragment load_blocks(uint32_t address) {
+  Fragment f;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3])
+               : "r"(address)
+               : "memory");
+  return f;
+}
+__device__ inline Fragment load_blocks_transposed(uint32_t address) {
+  Fragment f;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3])
+               : "r"(address)
+               : "memory");
+  return f;
+}
+
+// ---------------------------------------------------------------- who does what
+
+// The tables of a step are read by every layer, with all of the weights in between: they are to stay in the L2.
+__device__ inline int table_entry(const int32_t* p) {
+  int32_t value;
+  asm("ld.global.nc.L2::cache_hint.b32 %0, [%1], %2;" : "=r"(value) : "l"(p), "l"(kKeep));
+  return value;
+}
+
+__device__ inline int keys_of(const DecodeAttentionArgs& a, int sequence) {
+  if (sequence >= a.sequences) return 0;
+  const int rows = table_entry(a.rows + sequence), keys = table_entry(a.kv_len + sequence);
+  return rows > 0 ? keys : 0;
+}
+__device__ inline int units_of(int keys) { return (keys + kUnitKeys - 1) / kUnitKeys; }
+
+// `total` units over `blocks` blocks, the first ones one more than the others where it does not come out even.
+struct Shares {
+  int total, blocks;
+  __device__ int begin(int block) const { return block * (total / blocks) + min(block, total % blocks); }
+  __device__ int owner(int unit) const {
+    const int each = total / blocks, more = total % blocks;
+    return unit < more * (each + 1) ? unit / (each + 1) : more + (unit - more * (each + 1)) / each;
+  }
+};
+
+// A unit: keys [unit * kUnitKeys, …) of one kv head of a sequence.
+struct Place {
+  int sequence, head, unit;
+  int units, keys;  // of the sequence
+  __device__ void advance(const DecodeAttentionArgs& a) {
+    if (++unit < units) return;
+    unit = 0;
+    if (++head < a.kv_heads) return;
+    head = 0;
+    do keys = keys_of(a, ++sequence);
+    while (keys == 0 && sequence < a.sequences);
+    units = units_of(keys);
+  }
+};
+
+// The place of unit `index` of all. Every warp looks for itself.
+__device__ inline Place find_unit(const DecodeAttentionArgs& a, int index) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int base = 0;; base += kWarp) {
+    const int keys = keys_of(a, base + lane), units = units_of(keys) * a.kv_heads;
+    int sum = units;
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const int below = __shfl_up_sync(0xffffffffu, sum, offset);
+      if (lane >= offset) sum += below;
+    }
+    const unsigned hit = __ballot_sync(0xffffffffu, index < sum);
+    if (hit != 0) {
+      const int winner = __ffs(static_cast<int>(hit)) - 1;
+      index -= __shfl_sync(0xffffffffu, sum - units, winner);
+      const int all = __shfl_sync(0xffffffffu, keys, winner);
+      return {base + winner, index / units_of(all), index % units_of(all), units_of(all), all};
+    }
+    index -= __shfl_sync(0xffffffffu, sum, kWarp - 1);
+  }
+}
+
+// ---------------------------------------------------------------- the ring
+
+// The page of this lane's key in the warp's tile of the unit at `place`; it is asked for a turn before the tile is.
+__device__ inline int first_key(const Place& place) {
+  return place.unit * kUnitKeys + static_cast<int>(threadIdx.x) / kWarp * kTileKeys;
+}
+__device__ inline int page_of(const DecodeAttentionArgs& a, const Place& place) {
+  const int key = first_key(place) + static_cast<int>(threadIdx.x) % kTileKeys;
+  return key < place.keys ? table_entry(a.page_table + int64_t{place.sequence} * a.max_pages + (key >> a.page_bits)) : 0;
+}
+
+// Copies this warp's 16 keys and values of the unit at `place`.
+template <int kD>
+__device__ inline void fetch(const DecodeAttentionArgs& a, const Place& place, int page, uint32_t stage) {
+  using S = Tiling<kD>;
+  constexpr int kChunks = kD / 8, kRows = kWarp / kChunks;  // of 16 bytes in a row; rows at once
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, chunk = lane % kChunks, key0 = first_key(place);
+  const int slot = (page << a.page_bits) + ((key0 + lane % kTileKeys) & ((1 << a.page_bits) - 1));
+  const int64_t stride = int64_t{a.kv_heads} * S::row, column = place.head * S::row + chunk * 16;
+#pragma unroll
+  for (int i = 0; i < kTileKeys / kRows; ++i) {
+    const int row = i * kRows + lane / kChunks;
+    const int64_t from = __shfl_sync(0xffffffffu, slot, row) * stride + column;
+    const bool real = key0 + row < place.keys;
+    const uint32_t to = stage + static_cast<uint32_t>(row * S::row + (chunk ^ (row % 8)) * 16);
+    copy_async(to, static_cast<const std::byte*>(a.k) + from, real);
+    copy_async(to + S::matrix, static_cast<const std::byte*>(a.v) + from, real);
+  }
+}
+
+// ---------------------------------------------------------------- the running softmax of a warp
+
+template <class T, int kD, int kN>
+struct Running {
+  float o[kN][kD / 16][4];       // O^T: d is m, heads are n
+  float top[kN][2], sum[kN][2];  // of heads 8n + 2q and the next; the sum is this lane's part
+
+  __device__ void clear() {
+    for (int n = 0; n < kN; ++n) {
+      for (auto& tile : o[n])
+        for (float& v : tile) v = 0;
+      for (int e = 0; e < 2; ++e) {
+        top[n][e] = -INFINITY;
+        sum[n][e] = 0;
+      }
+    }
+  }
+
+  // 16 keys, the first `keys` of which are there (at least one).
+  __device__ void add(const uint32_t (&q)[kN][kD / 16][2], uint32_t stage, int keys, float scale) {
+    using S = Tiling<kD>;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, block = lane / 8, in_block = lane % 8;
+    float s[2][kN][4] = {};  // of even and odd steps: two chains
+    {
+      const int row = block % 2 * 8 + in_block;
+#pragma unroll
+      for (int step = 0; step < kD / 16; ++step) {
+        const Fragment k = load_blocks(stage + static_cast<uint32_t>(row * S::row + ((2 * step + block / 2) ^ in_block) * 16));
+#pragma unroll
+        for (int n = 0; n < kN; ++n) multiply<T>(s[step % 2][n], k.v[0], k.v[1], k.v[2], k.v[3], q[n][step][0], q[n][step][1]);
+      }
+    }
+    uint32_t p[kN][2];
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      float score[4], keep[2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) score[i] = g + i / 2 * 8 < keys ? (s[0][n][i] + s[1][n][i]) * scale : -INFINITY;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float most = fmaxf(score[e], score[e + 2]);
+        for (int offset = 4; offset < kWarp; offset *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, offset));
+        most = fmaxf(most, top[n][e]);
+        keep[e] = power_of_2(top[n][e] - most);
+        top[n][e] = most;
+        score[e] = power_of_2(score[e] - most);
+        score[e + 2] = power_of_2(score[e + 2] - most);
+        sum[n][e] = sum[n][e] * keep[e] + (score[e] + score[e + 2]);
+      }
+      p[n][0] = transpose(pack2<T>(score[0], score[1]));
+      p[n][1] = transpose(pack2<T>(score[2], score[3]));
+#pragma unroll
+      for (int m = 0; m < kD / 16; ++m)
+        for (int i = 0; i < 4; ++i) o[n][m][i] *= keep[i % 2];
+    }
+    const int row = block / 2 * 8 + in_block;
+#pragma unroll
+    for (int m = 0; m < kD / 16; ++m) {
+      const Fragment v =
+          load_blocks_transposed(stage + static_cast<uint32_t>(S::matrix + row * S::row + ((2 * m + block % 2) ^ in_block) * 16));
+#pragma unroll
+      for (int n = 0; n < kN; ++n) multiply<T>(o[n][m], v.v[0], v.v[1], v.v[2], v.v[3], p[n][0], p[n][1]);
+    }
+  }
+};
+
+// ---------------------------------------------------------------- the ends of runs
+
+template <int kV>
+struct alignas(kV * 4) Floats {
+  float v[kV];
+};
+
+// Finished elements of a head's row.
+template <class T, int kV>
+__device__ inline void store_out(T* to, const Floats<kV>& sum, float factor) {
+  Pack<T, kV> pack;
+  for (int i = 0; i < kV; ++i) pack.v[i] = from_float<T>(sum.v[i] * factor);
+  store_pack<T, kV>(to, pack);
+}
+
+// Adds up the `parts` parts of a row that lie in neighbouring blocks from `block` on; `slot` is the first one's. A warp takes every
+// fourth head, all its loads on their way together: the whole launch waits for this.
+template <class T, int kD, int kN>
+__device__ inline void add_parts(const DecodeAttentionArgs& a, int block, int slot, int parts, T* out) {
+  constexpr int kV = kD / kWarp, kOwn = kN * kHeads / kWarps;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const auto place = [&](int p, int i) {
+    return int64_t{2 * (block + p) + (p == 0 ? slot : 0)} * kMostHeads + min(warp + i * kWarps, a.group - 1);
+  };
+  float top[kOwn], total[kOwn] = {};
+  Floats<kV> sum[kOwn] = {};
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) top[i] = -INFINITY;
+  for (int p = lane; p < parts; p += kWarp) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) top[i] = fmaxf(top[i], __ldcg(a.marks + place(p, i)).x);
+  }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) top[i] = warp_max(top[i]);
+#pragma unroll 4
+  for (int p = 0; p < parts; ++p) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const float2 mark = __ldcg(a.marks + place(p, i));
+      const float* from = a.sums + place(p, i) * kD + lane * kV;
+      Floats<kV> part;
+      if constexpr (kV == 4) *reinterpret_cast<float4*>(&part) = __ldcg(reinterpret_cast<const float4*>(from));
+      else *reinterpret_cast<float2*>(&part) = __ldcg(reinterpret_cast<const float2*>(from));
+      const float factor = power_of_2(mark.x - top[i]);
+      total[i] += factor * mark.y;
+      for (int e = 0; e < kV; ++e) sum[i].v[e] += factor * part.v[e];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int head = warp + i * kWarps;
+    if (head < a.group) store_out<T, kV>(out + head * kD + lane * kV, sum[i], 1.0f / total[i]);
+  }
+}
+
+// ---------------------------------------------------------------- the kernel
+
+template <class T, int kD, int kN>
+__global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_attention_kernel(const DecodeAttentionArgs a) {
+  using S = Tiling<kD>;
+  constexpr int kV = kD / kWarp;
+  extern __shared__ __align__(128) std::byte shared[];
+  __shared__ float2 marks[kWarps][kN * kHeads];
+  __shared__ bool last;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int g = lane / 4, quad = lane % 4, block = static_cast<int>(blockIdx.x);
+  const uint32_t ring = shared_address(shared) + static_cast<uint32_t>(warp * kRingBytes);
+  float* meeting = reinterpret_cast<float*>(shared + kWarps * kRingBytes);
+  let_next_start();
+
+  int total = 0;
+  for (int i = lane; i < a.sequences; i += kWarp) total += units_of(keys_of(a, i));
+  total = warp_sum(total) * a.kv_heads;
+  const Shares shares = {total, min(static_cast<int>(gridDim.x), total)};
+  if (block >= shares.blocks) {
+    wait_for_previous();  // without work too: the next launch takes this one's end for that of all before it
+    return;
+  }
+  const int begin = shares.begin(block), count = shares.begin(block + 1) - begin;
+
+  // The ring runs ahead: `ahead` is the place of the next unit to ask for, `page` this lane's page there.
+  Place at = find_unit(a, begin), ahead = at;
+  int asked = 0, page = page_of(a, ahead);
+  uint32_t fill = 0, use = 0;  // stages
+  const auto ask = [&](bool early) {
+    if (asked < count) {
+      const int key0 = first_key(ahead);
+      if (early && key0 + kTileKeys >= ahead.keys) wait_for_previous();  // the last key is that launch's
+      if (key0 < ahead.keys) fetch<kD>(a, ahead, page, ring + fill * S::stage);
+      if (++asked < count) {
+        ahead.advance(a);
+        page = page_of(a, ahead);
+      }
+    }
+    copies_commit();
+    fill = fill + 1 == S::stages ? 0 : fill + 1;
+  };
+  for (int i = 0; i + 1 < S::stages; ++i) ask(true);
+  wait_for_previous();
+
+  for (int done = 0; done < count;) {
+    const int units = min(at.units - at.unit, count - done), row = table_entry(a.row_begin + at.sequence);
+    uint32_t q[kN][kD / 16][2];
+    const T* q_row = static_cast<const T*>(a.q) + row * a.ld_q + at.head * a.group * kD;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const bool real = n * kHeads + g < a.group;
+      const T* from = q_row + (real ? n * kHeads + g : 0) * kD + 2 * quad;
+#pragma unroll
+      for (int step = 0; step < kD / 16; ++step) {
+        q[n][step][0] = real ? *reinterpret_cast<const uint32_t*>(from + step * 16) : 0;
+        q[n][step][1] = real ? *reinterpret_cast<const uint32_t*>(from + step * 16 + 8) : 0;
+      }
+    }
+    Running<T, kD, kN> running;
+    running.clear();
+    for (int i = 0; i < units; ++i) {
+      copies_wait<S::stages - 2>();
+      __syncwarp();  // the copies of all lanes are there, and the stage before has been read
+      ask(false);
+      const int keys = at.keys - (at.unit + i) * kUnitKeys - warp * kTileKeys;
+      if (keys > 0) running.add(q, ring + use * S::stage, keys, a.scale);
+      use = use + 1 == S::stages ? 0 : use + 1;
+    }
+
+    // The warps' sums meet, eight heads at a time.
+    const bool whole = units == at.units;
+    const int slot = at.unit == 0 && done > 0 ? 1 : 0;  // 0: begins with the block's run
+    T* out_row = static_cast<T*>(a.out) + row * a.ld_out + at.head * a.group * kD;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      for (int e = 0; e < 2; ++e) {
+        float sum = running.sum[n][e];
+        for (int offset = 4; offset < kWarp; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        if (g == 0) marks[warp][n * kHeads + 2 * quad + e] = {running.top[n][e], sum};
+      }
+#pragma unroll
+      for (int m = 0; m < kD / 16; ++m) {
+        for (int i = 0; i < 4; ++i) {  // heads 2q and 2q + 1, elements 8 apart: each q has banks of its own
+          const int head = 2 * quad + i % 2, element = (m * 16 + g + i / 2 * 8) ^ (quad * 8);
+          meeting[(warp * kHeads + head) * kD + element] = running.o[n][m][i];
+        }
+      }
+      __syncthreads();
+      for (int head = warp; head < min(kHeads, a.group - n * kHeads); head += kWarps) {
+        float top = -INFINITY, total_sum = 0;
+        for (int w = 0; w < kWarps; ++w) top = fmaxf(top, marks[w][n * kHeads + head].x);
+        Floats<kV> sum = {};
+        for (int w = 0; w < kWarps; ++w) {
+          const float2 mark = marks[w][n * kHeads + head];
+          const float factor = power_of_2(mark.x - top);
+          const auto part =
+              *reinterpret_cast<const Floats<kV>*>(meeting + (w * kHeads + head) * kD + ((lane * kV) ^ (head / 2 * 8)));
+          total_sum += factor * mark.y;
+          for (int i = 0; i < kV; ++i) sum.v[i] += factor * part.v[i];
+        }
+        if (whole) {
+          store_out<T, kV>(out_row + (n * kHeads + head) * kD + lane * kV, sum, 1.0f / total_sum);
+        } else {
+          const int64_t place = int64_t{2 * block + slot} * kMostHeads + n * kHeads + head;
+          *reinterpret_cast<Floats<kV>*>(a.sums + place * kD + lane * kV) = sum;
+          if (lane == 0) a.marks[place] = {top, total_sum};
+        }
+      }
+      if (n + 1 < kN || whole) __syncthreads();
+    }
+    if (!whole) {
+      const int from = begin + done - at.unit, owner = shares.owner(from), parts = shares.owner(from + at.units - 1) - owner + 1;
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) last = atomicAdd(a.tickets + owner, 1u) + 1 == static_cast<unsigned>(parts);
+      __syncthreads();
+      if (last) {
+        __threadfence();
+        add_parts<T, kD, kN>(a, owner, from > shares.begin(owner) ? 1 : 0, parts, out_row);
+        if (threadIdx.x == 0) a.tickets[owner] = 0;
+      }
+    }
+    done += units;
+    at.unit += units - 1;
+    at.advance(a);
+  }
+}
+
+template <class T, int kD>
+void launch_decode_attention(const DecodeAttentionArgs& args, int processors, cudaStream_t stream,
+                             std::source_location where = std::source_location::current()) {
+  const int blocks = kDecodeAttentionBlocks * processors;
+  const Launch launch{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Tiling<kD>::shared, stream, 1, where, true};
+  if (args.group <= kHeads) launch(decode_attention_kernel<T, kD, 1>, args);
+  else launch(decode_attention_kernel<T, kD, 2>, args);
+}
+
+}  // namespace
+
+size_t decode_attention_workspace_bytes(int processors) { return static_cast<size_t>(processors) * kDecodeAttentionWorkspace; }
+
+bool decode_attention(void* workspace, TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, int32_t first,
+                      int32_t count, const AttentionShape& shape, TensorView out, int processors, cudaStream_t stream) {
+  const int group = shape.q_heads / shape.kv_heads, d = shape.head_size;
+  if ((d != 64 && d != 128) || group > kMostHeads || !std::has_single_bit(static_cast<unsigned>(kv_shape.page_size)) ||
+      !rows_of_vectors(q) || !rows_of_vectors(out) || !aligned16(kv.k) || !aligned16(kv.v))
+    return false;
+  DecodeAttentionArgs args = {};
+  args.q = q.data;
+  args.ld_q = q.ld;
+  args.out = out.data;
+  args.ld_out = out.ld;
+  args.k = kv.k;
+  args.v = kv.v;
+  args.row_begin = batch.row_begin + first;
+  args.rows = batch.rows + first;
+  args.kv_len = batch.kv_len + first;
+  args.page_table = batch.page_table + int64_t{first} * batch.max_pages;
+  args.sequences = count;
+  args.max_pages = batch.max_pages;
+  args.page_bits = std::countr_zero(static_cast<unsigned>(kv_shape.page_size));
+  args.kv_heads = shape.kv_heads;
+  args.group = group;
+  args.scale = shape.scale * 1.4426950408889634f;  // log2 e
+  const size_t parts = size_t{2} * kDecodeAttentionBlocks * static_cast<size_t>(processors) * kMostHeads;
+  args.sums = static_cast<float*>(workspace);
+  args.marks = reinterpret_cast<float2*>(args.sums + parts * kMostDecodeHeadSize);
+  args.tickets = reinterpret_cast<unsigned*>(args.marks + parts);
+  dispatch_half(q.dtype, [&]<class T>() {
+    if (d == 128) launch_decode_attention<T, 128>(args, processors, stream);
+    else launch_decode_attention<T, 64>(args, processors, stream);
+  });
+  return true;
+}
+
+}  // namespace loquetier::cuda
