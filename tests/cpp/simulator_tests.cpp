@@ -26,9 +26,9 @@ CostModel clock_of_gpu() { return CostModel(llama_8b(), gpu()); }
 // The same with its products as they come: in tiles, and slower on the average (measured on an H200 with adapters of rank 16).
 DeviceRates tiled_gpu() {
   DeviceRates rates{4.2e12, 4.8e14, 2e-5, 1e-4};
-  rates.by_rows = {{64, 1.7e14},   {128, 2.3e14},  {192, 2.5e14},  {256, 3.1e14},  {384, 3.8e14},  {448, 4.4e14}, {512, 4.2e14},
-                   {640, 4.3e14},  {768, 5.0e14},  {896, 5.3e14},  {1024, 5.7e14}, {1152, 4.8e14}, {1280, 5.3e14}, {1536, 5.8e14},
-                   {1792, 5.6e14}, {2048, 5.6e14}};
+  rates.by_rows = {{64, 1.7e14},   {128, 2.3e14},  {192, 2.5e14},  {256, 3.1e14}, {384, 3.8e14},  {448, 4.4e14},
+                   {512, 4.2e14},  {640, 4.3e14},  {768, 5.0e14},  {896, 5.3e14}, {1024, 5.7e14}, {1152, 4.8e14},
+                   {1280, 5.3e14}, {1536, 5.8e14}, {1792, 5.6e14}, {2048, 5.6e14}};
   return rates;
 }
 
@@ -252,10 +252,10 @@ TEST(live_decodes_beside_training_on_a_device_with_tiles) {
     double begin = 0, end = 1e9;  // while all requests run
     for (const SimulatedRequestResult& r : both.requests) begin = std::max(begin, r.first), end = std::min(end, r.last);
     const double alone = steady_rate(apart, 0, apart.seconds), share = steady_rate(both, begin, end) / alone;
-    std::printf("seed 47, tiles, %zu live decodes, %d trainers, target %.0f ms: p99 %.2f ms, training at %.1f %% of alone (%.0f), "
-                "step times believed within %.1f %% (median), %.1f %% (p95)\n",
-                c.decodes, c.trainers, 1e3 * c.tpot, 1e3 * tpot_p99(both), 100 * share, alone, 100 * both.error_p50,
-                100 * both.error_p95);
+    std::printf(
+        "seed 47, tiles, %zu live decodes, %d trainers, target %.0f ms: p99 %.2f ms, training at %.1f %% of alone (%.0f), "
+        "step times believed within %.1f %% (median), %.1f %% (p95)\n",
+        c.decodes, c.trainers, 1e3 * c.tpot, 1e3 * tpot_p99(both), 100 * share, alone, 100 * both.error_p50, 100 * both.error_p95);
     CHECK(tpot_p99(both) <= c.tpot);
     CHECK(share >= c.share);
     CHECK(both.error_p50 <= 0.05);
