@@ -136,7 +136,7 @@ Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options
   try {
     if (!weights) weights = place_weights(base, *ops, ops);
     const ModelShape shape = shape_of(config, ops->compute_dtype());
-    const DeviceRates rates = measure_rates(*ops, *weights);
+    const DeviceRates rates = measure_rates(*ops, *weights, options.max_batch_tokens);
     slice_rows = options.slice_rows > 0 ? static_cast<int32_t>(std::min<int64_t>(options.slice_rows, options.max_batch_tokens))
                  : options.latency      ? slice_rows_for(shape, rates, options.max_batch_tokens)
                                         : 0;

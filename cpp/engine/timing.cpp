@@ -32,7 +32,7 @@ std::vector<int64_t> pass_sizes() {
 
 // What the products of one layer reach, with an adapter on every row: they are computed in tiles, and tiles in rounds over the
 // processors, so their rate rises and falls with the rows. Some tens of milliseconds.
-std::vector<std::pair<double, double>> rates_by_rows(Ops& ops, const ModelWeights& weights) {
+std::vector<std::pair<double, double>> rates_by_rows(Ops& ops, const ModelWeights& weights, int64_t max_rows) {
   const ModelConfig& config = weights.config;
   const LayerWeights& layer = weights.table.layers.front();
   const std::pair<LoraLinear, TensorView> linears[] = {{lora_linear(config, site_of(0, Site::qkv)), layer.qkv.front().w},
@@ -52,7 +52,7 @@ std::vector<std::pair<double, double>> rates_by_rows(Ops& ops, const ModelWeight
   const int64_t columns = parts * kProbeRank;
   const std::vector<int64_t> sizes = pass_sizes();
   const size_t row_bytes = static_cast<size_t>(in + out + columns) * size_of(dtype);
-  const int64_t most = std::min(sizes.back(), static_cast<int64_t>(device.free_bytes() / 2 / row_bytes));
+  const int64_t most = std::min({sizes.back(), max_rows, static_cast<int64_t>(device.free_bytes() / 2 / row_bytes)});
   if (most < sizes.front()) return {};
   const Buffer x(device, static_cast<size_t>(most * in) * size_of(dtype)),
       y(device, static_cast<size_t>(most * out) * size_of(dtype)), s(device, static_cast<size_t>(most * columns) * size_of(dtype)),
@@ -99,7 +99,7 @@ std::vector<std::pair<double, double>> rates_by_rows(Ops& ops, const ModelWeight
 
 }  // namespace
 
-DeviceRates measure_rates(Ops& ops, const ModelWeights& weights) {
+DeviceRates measure_rates(Ops& ops, const ModelWeights& weights, int64_t max_rows) {
   Device& device = ops.device();
   const TensorView w = weights.table.layers.front().gate_up.front().w;
   const DType dtype = ops.compute_dtype();
@@ -127,7 +127,7 @@ DeviceRates measure_rates(Ops& ops, const ModelWeights& weights) {
   rates.bytes_per_second = static_cast<double>(w.size()) * static_cast<double>(size_of(dtype)) / seconds(1, 4);
   if (device.host_addressable()) return rates;
   rates.launch_seconds = 2e-5;  // of a layer: some ten kernels
-  rates.by_rows = rates_by_rows(ops, weights);
+  rates.by_rows = rates_by_rows(ops, weights, max_rows);
   return rates;
 }
 
