@@ -111,7 +111,10 @@ def run_settings(side, args: argparse.Namespace, trace: workload.Workload) -> di
         record = side.run(trace, serve, train, limit_of(args, trace) if serve else args.train_seconds)
         results[setting] = dataclasses.asdict(record)
         print(f"{args.worker}, {setting}: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
-    return {"settings": metrics.plain(results), "peak_mb": common.memory_mb("VmHWM"), "device": side.device_name()}
+    known = {"peak_mb": common.memory_mb("VmHWM"), "device": side.device_name()}
+    if hasattr(side, "cost_model"):
+        known["cost_model"] = side.cost_model()  # what `python -m loquetier_core simulate --cost-model` reads
+    return {"settings": metrics.plain(results), **known}
 
 
 def load_record(data: dict) -> metrics.RunRecord:

@@ -110,6 +110,9 @@ class EngineSide:
         ).stdout.splitlines()
         return names[0] if names else self.device
 
+    def cost_model(self) -> str:
+        return self.engine.stats().cost_model
+
     def close(self) -> None:
         if self.engine:
             self.engine.close()

@@ -172,6 +172,8 @@ def write(out: Path, shape: str, device: str, load: float, case: Case, results: 
     entry |= {"commit": common.commit(), "versions": common.versions(), "load_before": round(load, 2), "arguments": shown,
               "workload": case.trace.describe(), "figures": merged}  # fmt: skip
     entry["peak_mb"] = {**entry.get("peak_mb", {}), **{side: result["peak_mb"] for side, result in results.items()}}
+    if "cost_model" in results.get("loquetier", {}):
+        entry["cost_model"] = results["loquetier"]["cost_model"]
     if case.args.records:
         entry["records"] = {**entry.get("records", {}), **{side: result["settings"] for side, result in results.items()}}
     record = {"benchmark": "unified", "device": device, "shape": replay.SHAPES[shape], "cases": every}

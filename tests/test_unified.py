@@ -81,6 +81,7 @@ def test_cases_run_on_one_model_and_are_added_to_a_file(tmp_path):
     figures = record["first"]["figures"]["unified"]["loquetier"]
     assert figures["requests"] == 4 and figures["unfinished"] == 0
     assert figures["live_training_share"] > 0  # all four are running most of the time
+    assert record["first"]["cost_model"].startswith("loquetier-cost-model-")
     done = unified(*common, "--case", "third")
     assert done.returncode != 0 and "--case: not in" in done.stderr
     out.write_text(json.dumps({"benchmark": "unified", "device": "another", "shape": {}, "cases": {}}))
