@@ -23,12 +23,12 @@ constexpr double kMargin = 0.95;        // of the time per token: the rest is fo
 constexpr double kGap = 0.98;           // of it, from one token of a request to the next behind the first two
 constexpr double kAhead = 2;            // of it: time that tokens may be ahead of their schedule; what is beyond is not made use of
 constexpr double kLongest = 1.25;       // of it: the longest gap that is planned, when steps before were shorter
+constexpr double kAlike = 1.02;         // chunks whose row costs so many times the cheapest one's are as good: the longest is taken
 constexpr double kCatchUp = 0.5;        // a step that makes up for late ones still has this share of it
 constexpr double kPromptShare = 0.25;   // of the time to first token: the longest step of prompts alone
 constexpr double kUrgentShare = 0.5;    // of it: with less left a prompt goes before its turn
 constexpr int kUrgentLooks = 64;        // prompts a step looks at in order of deadline, bounds the work when thousands wait
 constexpr int32_t kSmallestChunk = 16;  // training rows worth a place in a step
-constexpr double kAlike = 1.02;         // chunks whose row costs so many times the cheapest one's are as good: the longest is taken
 constexpr int32_t kHeadSlice = 256;     // head rows of a forward slice
 
 double causal_pairs(double begin, double rows) { return rows * begin + rows * (rows + 1) / 2; }
