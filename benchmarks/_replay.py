@@ -1,6 +1,7 @@
 """What the sides of unified.py share: shapes, the clock of a trace, random tokens, the three settings one after another.
 
-A side is a class with `warm_up()`, `run(serve, train, seconds)` and `close()`; run_settings drives it. Read next:
+A side is a class with `start(args, trace)`, `warm_up(train)`, `run(trace, serve, train, seconds)` and `close()`; run_settings
+drives it through one workload. Read next:
 _replay_engine.py, _replay_peft.py.
 """
 
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -100,11 +100,9 @@ def new_records(trace: workload.Workload) -> list[metrics.RequestRecord]:
     ]
 
 
-def run_settings(side, args: argparse.Namespace, trace: workload.Workload) -> None:
-    """Runs the settings asked for and prints their records as one line of JSON, the last line of the worker."""
-    wanted = SETTINGS if args.setting == "all" else (args.setting,)
-    if not trace.options.trainers:
-        wanted = tuple(s for s in wanted if s == "inference")
+def run_settings(side, args: argparse.Namespace, trace: workload.Workload) -> dict:
+    """Runs the settings asked for; their records, and what is known of the side."""
+    wanted = args.setting if trace.options.trainers else tuple(s for s in args.setting if s == "inference")
     side.warm_up(train="training" in wanted or "unified" in wanted)
     results = {}
     for setting in wanted:
@@ -113,8 +111,10 @@ def run_settings(side, args: argparse.Namespace, trace: workload.Workload) -> No
         record = side.run(trace, serve, train, limit_of(args, trace) if serve else args.train_seconds)
         results[setting] = dataclasses.asdict(record)
         print(f"{args.worker}, {setting}: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
-    side.close()
-    print(json.dumps({"settings": metrics.plain(results), "peak_mb": common.memory_mb("VmHWM"), "device": side.device_name()}))
+    known = {"peak_mb": common.memory_mb("VmHWM"), "device": side.device_name()}
+    if hasattr(side, "cost_model"):
+        known["cost_model"] = side.cost_model()  # what `python -m loquetier_core simulate --cost-model` reads
+    return {"settings": metrics.plain(results), **known}
 
 
 def load_record(data: dict) -> metrics.RunRecord:

@@ -51,29 +51,36 @@ class Feeder(threading.Thread):
 
 
 class EngineSide:
-    def __init__(self, args: argparse.Namespace, trace: workload.Workload, with_target: bool) -> None:
+    def __init__(self, args: argparse.Namespace, with_target: bool) -> None:
+        self.on_cpu, self.device, self.with_target = args.device == "cpu", args.device, with_target
+        config = {**SHAPES[args.shape], "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        self.model = lq.BaseModel.random(config, seed=args.seed, dtype="f32" if self.on_cpu else "bf16")
+        self.engine: lq.Engine | None = None
+        self.made_for: tuple = ()
+
+    def start(self, args: argparse.Namespace, trace: workload.Workload) -> None:
+        """An engine with the options of a workload, the last one when they are its, and the adapters."""
         self.args, self.trace = args, trace
         self.prompts = Prompts(args.shape, trace.options.seed)
         o = trace.options
-        options = {}
-        on_cpu = args.device == "cpu"
         longest = max((int(lengths.max()) for lengths in trace.examples), default=0)
-        if with_target:
+        options = {"max_batch_tokens": args.batch_tokens or max(512 if self.on_cpu else 8192, longest)}
+        if self.with_target:
             options["latency"] = lq.LatencyTarget(ttft_ms=args.ttft_ms, tpot_ms=args.tpot_ms)
-        if args.trace_path and with_target:
-            options["trace_path"] = str(args.trace_path)
-        if on_cpu:
+        if self.on_cpu:
             options.update(kv_cache_tokens=args.kv_tokens or 65536, adapter_pool_bytes=1 << 30, num_threads=args.threads)
         elif args.kv_tokens:
             options.update(kv_cache_tokens=args.kv_tokens)
-        config = {**SHAPES[args.shape], "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-        model = lq.BaseModel.random(config, seed=o.seed, dtype="f32" if on_cpu else "bf16")
-        self.engine = lq.Engine(
-            model, device=args.device, max_batch_tokens=args.batch_tokens or max(512 if on_cpu else 8192, longest),
-            prefix_caching=False, **options,
-        )  # fmt: skip
+        made_for = (args.ttft_ms, args.tpot_ms, args.batch_tokens, args.kv_tokens, longest, o.rank)
+        if made_for != self.made_for:
+            self.close()
+            self.engine = lq.Engine(self.model, device=args.device, prefix_caching=False, **options)
+            self.made_for = made_for
+        there = {a.name for a in self.engine.adapters()}
         for name in [f"serve{i}" for i in range(o.adapters)] + [f"train{i}" for i in range(o.trainers)]:
-            self.engine.add_adapter(name, lq.LoraConfig(r=o.rank, lora_alpha=2 * o.rank, target_modules="all-linear", seed=o.seed))
+            if name not in there:
+                lora = lq.LoraConfig(r=o.rank, lora_alpha=2 * o.rank, target_modules="all-linear", seed=o.seed)
+                self.engine.add_adapter(name, lora)
         self.data = [TrainingData(trace, i, self.prompts) for i in range(o.trainers)]
 
     def warm_up(self, train: bool) -> None:
@@ -85,18 +92,31 @@ class EngineSide:
             self.run(warm_trace(self.trace), True, train, 60.0)
 
     def run(self, trace: workload.Workload, serve: bool, train: bool, seconds: float) -> metrics.RunRecord:
-        return Run(self, trace, serve, train, seconds).run()
+        """`trace` is that of start(), or the one that warms up."""
+        traced = self.with_target and self.args.trace_path and serve and train and trace is self.trace
+        if traced:
+            self.engine.start_trace(str(self.args.trace_path))
+        try:
+            return Run(self, trace, serve, train, seconds).run()
+        finally:
+            if traced:
+                self.engine.stop_trace()
 
     def device_name(self) -> str:
-        if self.args.device == "cpu":
+        if self.on_cpu:
             return "cpu"
         names = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
         ).stdout.splitlines()
-        return names[0] if names else self.args.device
+        return names[0] if names else self.device
+
+    def cost_model(self) -> str:
+        return self.engine.stats().cost_model
 
     def close(self) -> None:
-        self.engine.close()
+        if self.engine:
+            self.engine.close()
+        self.engine, self.made_for = None, ()
 
 
 class Run:

@@ -79,21 +79,25 @@ class RunningBatch:
 
 
 class PeftSide:
-    def __init__(self, args: argparse.Namespace, trace: workload.Workload) -> None:
-        self.args, self.trace = args, trace
+    def __init__(self, args: argparse.Namespace, with_target: bool = False) -> None:
+        """There is no target that it could know."""
         self.device = torch.device(args.device)
-        torch.manual_seed(trace.options.seed)
+        torch.manual_seed(args.seed)
         if args.device == "cpu":
             torch.set_num_threads(args.threads)
-        dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-        o = trace.options
-        torch.set_default_dtype(dtype)
+        torch.set_default_dtype(torch.float32 if args.device == "cpu" else torch.bfloat16)
         with self.device:
             self.base = LlamaForCausalLM(LlamaConfig(**SHAPES[args.shape]))
         torch.set_default_dtype(torch.float32)
+        self.model = self.base
+
+    def start(self, args: argparse.Namespace, trace: workload.Workload) -> None:
+        """The adapters of a workload over the model; those of the last one are gone."""
+        self.close()
+        self.args, self.trace = args, trace
+        o = trace.options
         config = LoraConfig(r=o.rank, lora_alpha=2 * o.rank, target_modules="all-linear", lora_dropout=0.0)
         names = [(f"serve{i}", False) for i in range(o.adapters)] + [(f"train{i}", True) for i in range(o.trainers)]
-        self.model = self.base
         for name, trained in names:
             if self.model is self.base:
                 self.model = get_peft_model(self.base, config, adapter_name=name, autocast_adapter_dtype=trained)
@@ -236,7 +240,9 @@ class PeftSide:
         return metrics.RunRecord(records, window, trained, updates, {"steps": steps})
 
     def device_name(self) -> str:
-        return "cpu" if self.args.device == "cpu" else torch.cuda.get_device_name(self.device)
+        return "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
 
     def close(self) -> None:
-        pass
+        if self.model is not self.base:
+            self.optimizers = []
+            self.base = self.model = self.model.unload()

@@ -212,7 +212,7 @@ void bind_latency_target(py::module_& m) {
   py::class_<LatencyTarget> cls(m, "LatencyTarget", R"(What serving is to keep while training takes the rest, in milliseconds.
 
 ttft_ms: from submission to the first token (a request may have a deadline_ms of its own). tpot_ms: mean time per output token after
-the first. Values are checked by Engine.)");
+the first; one gap may be planned a quarter longer, with time that gaps before it left. Values are checked by Engine.)");
   const LatencyTarget d;
   cls.def(py::init([](double ttft_ms, double tpot_ms) { return LatencyTarget{ttft_ms, tpot_ms}; }), py::kw_only(),
           py::arg("ttft_ms") = d.ttft_ms, py::arg("tpot_ms") = d.tpot_ms);

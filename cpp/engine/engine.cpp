@@ -85,8 +85,6 @@ MemoryPlan plan_for(const ModelConfig& config, const EngineOptions& options, con
 
 constexpr int kCountedRank = 16;  // adapters of this rank are what the plan at start counts
 
-constexpr int32_t kDeviceRowTile = 256;  // rows that the large products of the CUDA backend take at once (cuda/lora_fused.h)
-
 }  // namespace
 
 Core::Core(std::shared_ptr<Ops> ops_in, std::shared_ptr<const ModelWeights> weights_in, KvCache kv_in, size_t pool_bytes,
@@ -130,7 +128,6 @@ Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options
   plan.adapter_pool_bytes = memory.adapter_pool_bytes;
   plan.num_layers = static_cast<int32_t>(config.num_layers);
   plan.prefix_caching = options.prefix_caching;
-  if (!ops->device().host_addressable()) plan.row_tile = kDeviceRowTile;
   plan.slack_rows = slack_rows = slack_rows_for(options.max_batch_tokens, options.max_sequences);
   plan.rerun = recompute == Recompute::layer;
   plan.mlp_share = mlp_share(config);
@@ -139,7 +136,7 @@ Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options
   try {
     if (!weights) weights = place_weights(base, *ops, ops);
     const ModelShape shape = shape_of(config, ops->compute_dtype());
-    const DeviceRates rates = measure_rates(*ops, *weights);
+    const DeviceRates rates = measure_rates(*ops, *weights, options.max_batch_tokens);
     slice_rows = options.slice_rows > 0 ? static_cast<int32_t>(std::min<int64_t>(options.slice_rows, options.max_batch_tokens))
                  : options.latency      ? slice_rows_for(shape, rates, options.max_batch_tokens)
                                         : 0;

@@ -18,6 +18,7 @@ constexpr double kSpreadRate = 0.05;  // of the slow mean of residuals
 constexpr double kClip = 2.5;         // residuals beyond so many spreads count less
 constexpr int kSweeps = 24;           // of coordinate descent, from the former solution
 constexpr double kSmallestSpread = 5e-3;
+constexpr double kBesideProducts = 0.1;  // of a row's products: norms, rope, activations
 
 template <size_t K>
 void add_pass(std::array<double, 2 + K>& sums, const std::array<double, K>& knots, double rows, double share) {
@@ -43,6 +44,26 @@ std::array<double, 2 + K> interpolate(const std::array<double, K>& knots, F f, d
   return out;
 }
 
+// Of the products of passes by their size: never less than of a shorter one.
+std::array<double, StepWork::kPassSizes> pass_seconds(const ModelShape& m, const DeviceRates& d) {
+  std::array<double, StepWork::kPassSizes> seconds = {};
+  double before = 0;
+  for (const auto& [rows, rate] : d.by_rows) {
+    require(rows > before && rate > 0, "[cost model] by_rows: expected ascending rows > 0 and rates > 0, got ", rows, " rows and ",
+            rate, " operations a second");
+    before = rows;
+  }
+  if (d.by_rows.empty()) return seconds;
+  double longest = 0;
+  auto measured = d.by_rows.begin();
+  for (size_t i = 0; i < seconds.size(); ++i) {
+    const double rows = static_cast<double>((i + 1) * StepWork::kPassRows);
+    while (measured->first < rows && std::next(measured) != d.by_rows.end()) ++measured;
+    seconds[i] = longest = std::max(longest, 2 * m.layer_parameters * std::max(rows, measured->first) / measured->second);
+  }
+  return seconds;
+}
+
 int bucket(double n) { return n <= 0 ? 0 : 1 + std::max(0, std::ilogb(n)); }
 
 }  // namespace
@@ -52,6 +73,10 @@ int bucket(double n) { return n <= 0 ? 0 : 1 + std::max(0, std::ilogb(n)); }
 void StepWork::add_forward(double rows, double share) {
   steps |= rows > 0;
   add_pass(forward, kForwardKnots, rows, share);
+  if (rows <= 0 || share <= 0) return;
+  const double sizes = std::max(1.0, rows / (kPassSizes * kPassRows));
+  const double size = std::min(std::ceil(rows / kPassRows), double{kPassSizes});
+  passes[static_cast<size_t>(size) - 1] += share * sizes;
 }
 
 void StepWork::add_backward(double rows, double share) {
@@ -68,14 +93,16 @@ StepWork& StepWork::operator+=(const StepWork& other) {
   }
   for (size_t i = 0; i < forward.size(); ++i) forward[i] += other.forward[i];
   for (size_t i = 0; i < backward.size(); ++i) backward[i] += other.backward[i];
+  for (size_t i = 0; i < passes.size(); ++i) passes[i] += other.passes[i];
   return *this;
 }
 
-CostModel::Features CostModel::features(const StepWork& w) {
+CostModel::Features CostModel::features(const StepWork& w) const {
   Features f = {w.steps ? 1.0 : 0.0, w.slices,      w.decode_rows, w.decode_context,  w.prefill_pairs, w.train_pairs,
                 w.backward_pairs,    w.head_passes, w.head_rows,   w.train_head_rows, w.adapter_bytes, w.update_bytes};
   std::copy(w.forward.begin(), w.forward.end(), f.begin() + 12);
   std::copy(w.backward.begin(), w.backward.end(), f.begin() + 12 + w.forward.size());
+  for (size_t i = 0; i < w.passes.size(); ++i) f.back() += w.passes[i] * pass_seconds_[i];
   return f;
 }
 
@@ -114,8 +141,15 @@ CostModel::CostModel(const ModelShape& m, const DeviceRates& d) {
     }
   };
   const auto roof = [&](double rows) { return std::max(stream, rows * row); };
-  put(12, interpolate(StepWork::kForwardKnots, roof, row), stream);
+  // Beside measured products: launches, and what is done row by row.
+  const auto beside = [&](double rows) { return m.layers * d.launch_seconds + kBesideProducts * rows * row; };
+  pass_seconds_ = pass_seconds(m, d);
+  const bool measured = !d.by_rows.empty();
+  if (measured) put(12, interpolate(StepWork::kForwardKnots, beside, kBesideProducts * row), stream);
+  else put(12, interpolate(StepWork::kForwardKnots, roof, row), stream);
   put(12 + StepWork{}.forward.size(), interpolate(StepWork::kBackwardKnots, roof, row), stream);
+  scale_.back() = 1;
+  prior_.back() = measured ? 1 : 0;
   theta_ = prior_;
 }
 
@@ -214,7 +248,7 @@ double CostModel::error_quantile(double q) const {
 
 namespace {
 
-constexpr const char* kMark = "loquetier-cost-model-1";
+constexpr const char* kMark = "loquetier-cost-model-2";
 
 }  // namespace
 
@@ -223,6 +257,7 @@ std::string CostModel::save() const {
   out.precision(9);
   out << kMark << " " << kFeatures << " " << observations_ << " " << spread_;
   for (const double c : coefficients()) out << " " << c;
+  for (const double c : pass_seconds_) out << " " << c;
   return out.str();
 }
 
@@ -243,6 +278,13 @@ void CostModel::load(const std::string& text) {
     require<FormatError>(in && std::isfinite(loaded[i]) && loaded[i] >= 0, "[cost model] text: expected a coefficient >= 0 at ", i,
                          " of ", kFeatures);
   }
+  std::array<double, StepWork::kPassSizes> passes;
+  for (size_t i = 0; i < passes.size(); ++i) {
+    in >> passes[i];
+    require<FormatError>(in && std::isfinite(passes[i]) && passes[i] >= (i == 0 ? 0 : passes[i - 1]),
+                         "[cost model] text: expected seconds of passes that do not fall, at ", i, " of ", passes.size());
+  }
+  pass_seconds_ = passes;
   for (size_t i = 0; i < kFeatures; ++i) theta_[i] = loaded[i] / scale_[i];
   normal_ = {};
   target_ = {};

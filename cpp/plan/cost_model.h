@@ -2,8 +2,10 @@
 //
 // Seconds are linear in features that are not linear in the work. One pass over the layers with n rows costs what streaming the
 // weights costs until the products of n rows cost more: a convex function of n, kept as a sum of hinges max(0, n - knot) with
-// coefficients >= 0. So is a pass of backward. Beside these: attention by keys read or (query, key) pairs, vocabulary rows, bytes
-// of adapters, bytes of optimizer state, a fixed part of each step and of each slice.
+// coefficients >= 0. So is a pass of backward. A device whose products come in tiles has steps in it, which no such sum has: where
+// the products of passes were measured (DeviceRates::by_rows), they are one more feature, and the hinges are what lies beside
+// them. Beside these: attention by keys read or (query, key) pairs, vocabulary rows, bytes of adapters, bytes of optimizer state, a
+// fixed part of each step and of each slice.
 //
 // The prior is a roofline (device rates and the model's shape). Fitting is recursive least squares on relative error with
 // forgetting: the normal equations decay, and what the measurements do not excite stays where it is (in the beginning: at the
@@ -16,6 +18,7 @@
 #include <cstdint>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace loquetier {
@@ -25,6 +28,8 @@ class StepWork {
  public:
   static constexpr std::array<double, 8> kForwardKnots = {8, 32, 64, 128, 256, 512, 1024, 2048};  // rows of one pass
   static constexpr std::array<double, 4> kBackwardKnots = {64, 256, 512, 1024};
+  static constexpr int kPassRows = 64;  // rows that a pass may have more without becoming longer, at least on some device
+  static constexpr int kPassSizes = 36;
 
   // `share` of the layers in one pass of `rows` rows: all of them is 1, one of L layers 1 / L. Zero rows add nothing.
   void add_forward(double rows, double share = 1);
@@ -46,6 +51,8 @@ class StepWork {
   // [0] passes (shares), [1] rows, [2 + i] hinge at knot i, each times the share.
   std::array<double, 2 + kForwardKnots.size()> forward = {};
   std::array<double, 2 + kBackwardKnots.size()> backward = {};
+  // Shares of forward passes by size: [i] of up to (i + 1) * kPassRows rows; a longer one counts as several of the last size.
+  std::array<double, kPassSizes> passes = {};
 };
 
 // What the prior is made from.
@@ -54,6 +61,9 @@ struct DeviceRates {
   double flops_per_second = 5e10;
   double launch_seconds = 5e-6;  // of a layer's ops, or a slice
   double step_seconds = 1e-4;    // fixed part of a step
+  // (rows, operations a second) of passes with so many rows, in ascending order; one with other rows takes what the next longer one
+  // takes. Empty: flops_per_second.
+  std::vector<std::pair<double, double>> by_rows = {};
 };
 struct ModelShape {
   double layer_parameters = 0;  // of the linears of all layers
@@ -98,15 +108,16 @@ class CostModel {
   std::string save() const;
   void load(const std::string& text);
 
-  static constexpr size_t kFeatures = 12 + 10 + 6;
+  static constexpr size_t kFeatures = 12 + 10 + 6 + 1;
   using Features = std::array<double, kFeatures>;
   Features coefficients() const;  // seconds per unit of each feature
 
  private:
-  static Features features(const StepWork& work);
+  Features features(const StepWork& work) const;
   void rescale(const Features& f, double seconds);
   void solve();
 
+  std::array<double, StepWork::kPassSizes> pass_seconds_ = {};  // of the products of passes by their size; 0: not measured
   Features scale_ = {};                          // seconds per unit that theta counts in, > 0; moves in the first observations
   Features prior_ = {};                          // theta as the prior says
   Features theta_ = {};                          // >= 0

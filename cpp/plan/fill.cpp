@@ -1,9 +1,13 @@
 // Time in a plan: how long the step may take, what fits into it, and training in pieces (PlannerConfig::slice_rows).
 //
-// A step with rows of requests may take until the first of its decodes owes its next token; a request's tokens are due on a
-// schedule from its first token on, so a step that took longer than predicted is made up for by the next ones. Training fills what
-// decodes and prompts leave. Without rows of requests nothing limits a step: the engine stops it between two slices when one
+// A step with rows of requests may take until the first of its decodes owes its next token. A request's tokens are due on a
+// schedule from its first token on: a step that took longer than predicted is made up for by the next ones, and time that a step
+// could not use (the tile of rows that would have fitted is the next one, a micro-batch ended) is the next one's. Training fills
+// what decodes and prompts leave. Without rows of requests nothing limits a step: the engine stops it between two slices when one
 // arrives.
+//
+// A chunk of training is cut where its rows cost least, which is where the tiles of the products are full. When such a chunk takes
+// longer than the schedule has, a step of decodes alone saves the time for it.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -16,6 +20,10 @@ namespace loquetier {
 namespace {
 
 constexpr double kMargin = 0.95;        // of the time per token: the rest is for what the model does not foresee
+constexpr double kGap = 0.98;           // of it, from one token of a request to the next behind the first two
+constexpr double kAhead = 2;            // of it: time that tokens may be ahead of their schedule; what is beyond is not made use of
+constexpr double kLongest = 1.25;       // of it: the longest gap that is planned, when steps before were shorter
+constexpr double kAlike = 1.02;         // chunks whose row costs so many times the cheapest one's are as good: the longest is taken
 constexpr double kCatchUp = 0.5;        // a step that makes up for late ones still has this share of it
 constexpr double kPromptShare = 0.25;   // of the time to first token: the longest step of prompts alone
 constexpr double kUrgentShare = 0.5;    // of it: with less left a prompt goes before its turn
@@ -34,19 +42,20 @@ void Planner::State::set_time(const StepBudget& budget) {
   now = budget.now;
   work_rest = {};
   work_rows = sample_heads = loss_heads = train_heads = 0;
-  prompt_time_over = prompt_overdue = must_train = false;
-  train_seconds = prompt_seconds = alone_seconds = budget.max_seconds;
+  prompt_time_over = prompt_overdue = must_train = waits = false;
+  train_seconds = chunk_seconds = prompt_seconds = alone_seconds = budget.max_seconds;
   if (!config.goal || budget.max_seconds >= 0) return;
   const double tpot = config.goal->tpot;
-  train_seconds = kMargin * tpot;
+  train_seconds = chunk_seconds = kMargin * tpot;
   prompt_seconds = std::max(kMargin * tpot, kPromptShare * config.goal->ttft);
   if (decodes.empty()) return;
-  double due = std::numeric_limits<double>::infinity();
+  double due = std::numeric_limits<double>::infinity(), longest = due;
   for (const PlannedRequest* r : decodes) {
-    const double schedule = r->first_token + kMargin * tpot * static_cast<double>(r->length() - r->prompt_tokens);
-    due = std::min(due, std::clamp(schedule, r->last_token + kCatchUp * tpot, r->last_token + kMargin * tpot));
+    due = std::min(due, std::max(r->due, r->last_token + kCatchUp * tpot));
+    longest = std::min(longest, r->last_token + kLongest * tpot);
   }
-  train_seconds = prompt_seconds = std::clamp(due - now, kCatchUp / 2 * tpot, kMargin * tpot);
+  chunk_seconds = std::clamp(longest - now, kCatchUp / 2 * tpot, kLongest * tpot);
+  train_seconds = prompt_seconds = std::clamp(due - now, kCatchUp / 2 * tpot, chunk_seconds);
 }
 
 // What is planned, with training rows more in the same pass.
@@ -129,7 +138,9 @@ std::vector<int64_t> Planner::State::late(double when) const {
 }
 
 void Planner::State::note_token(PlannedRequest& r, double when) {
+  const double tpot = config.goal ? config.goal->tpot : 0;
   r.last_token = when;
+  r.due = r.first_token < 0 ? when + kMargin * tpot : std::min(r.due, when + kAhead * tpot) + kGap * tpot;
   if (r.first_token >= 0) return;
   r.first_token = when;
   if (r.deadline < 0) return;
@@ -175,7 +186,7 @@ void Planner::State::plan_pieces() {
     return;
   }
   const bool forwarded = training.backward_slices_left() > 0;
-  if (forwarded || plan_forward(alone, limit)) plan_backward(limit, !forwarded);
+  if (forwarded || plan_forward(alone, limit, yields ? 0 : chunk_seconds)) plan_backward(limit, !forwarded);
 }
 
 // Whole examples, as many as fit.
@@ -217,7 +228,56 @@ int32_t Planner::State::slices_in_time(int32_t most, double limit, const std::fu
   return n;
 }
 
-bool Planner::State::plan_forward(bool alone, double limit) {
+// How many of `most` rows a chunk beside other rows has; 0: none in this step. longest: what the step may take when time was saved
+// for it.
+int64_t Planner::State::chunk_in_time(int64_t most, double limit, double longest) {
+  const MicroRows& micro = training.micro_rows();
+  const int32_t begin = training.forward_begin();
+  const auto with = [&](int64_t n) {
+    const MicroRows::Piece piece = micro.piece(begin, static_cast<int32_t>(n));
+    return work_with(static_cast<double>(n), piece.pairs, piece.heads, piece.heads);
+  };
+  const double without = config.cost->predict(work_with(0, 0, 0, 0));
+  const double gap = config.goal ? kGap * config.goal->tpot : limit;
+  const int64_t smallest = std::min<int64_t>(kSmallestChunk, most);
+  struct Size {
+    int64_t rows = 0;
+    double seconds = 0, cost = 0;  // cost: of a row, with the steps of decodes alone that save the time
+  };
+  std::vector<Size> sizes;
+  const auto add = [&](int64_t rows, double within) {  // false: neither this nor any more rows
+    if (rows < smallest) return true;
+    if (rows > most) return false;
+    const double seconds = config.cost->predict(with(rows));
+    if (seconds > within) return false;
+    const double over = std::max(0.0, seconds - gap), saving = over > 0 ? over * without / std::max(1e-9, gap - without) : 0;
+    sizes.push_back({rows, seconds, (seconds + saving) / static_cast<double>(rows)});
+    return true;
+  };
+  constexpr int64_t kTile = StepWork::kPassRows;
+  add(config.cost->fits(limit, most, with), limit);
+  for (int64_t rows = kTile - static_cast<int64_t>(work_rows) % kTile; add(rows, longest); rows += kTile) continue;
+  add(most, longest);
+  const auto best = [&](double within) {
+    double cheapest = std::numeric_limits<double>::infinity();
+    for (const Size& s : sizes) cheapest = s.seconds <= within ? std::min(cheapest, s.cost) : cheapest;
+    Size found;
+    for (const Size& s : sizes) {
+      if (s.seconds <= within && s.rows > found.rows && s.cost <= kAlike * cheapest) found = s;
+    }
+    return found;
+  };
+  const Size wanted = best(longest);
+  if (wanted.seconds <= limit && wanted.rows > 0) return wanted.rows;
+  if (wanted.rows > 0 && !must_train && !waited && limit + gap - without >= wanted.seconds) {
+    waits = true;
+    return 0;
+  }
+  const Size found = best(limit);
+  return found.rows > 0 ? found.rows : must_train ? smallest : 0;
+}
+
+bool Planner::State::plan_forward(bool alone, double limit, double longest) {
   const MicroRows& micro = training.micro_rows();
   const int32_t begin = training.forward_begin(), layers = config.num_layers;
   const auto slice_of = [&](int32_t rows, int32_t index) {
@@ -258,18 +318,9 @@ bool Planner::State::plan_forward(bool alone, double limit) {
   }
   int64_t rows = most;
   if (config.cost && limit >= 0) {
-    rows = config.cost->fits(limit, most, [&](int64_t n) {
-      const MicroRows::Piece piece = micro.piece(begin, static_cast<int32_t>(n));
-      return work_with(static_cast<double>(n), piece.pairs, piece.heads, piece.heads);
-    });
-    const int64_t smallest = std::min(kSmallestChunk, most);
-    if (rows < smallest) rows = must_train ? smallest : 0;
+    rows = chunk_in_time(most, limit, longest);
     if (rows == 0) return false;
     must_train = false;
-    // Rows behind the last whole tile of a pass would cost as much as a full one: a chunk that time cuts ends there.
-    const int64_t others = static_cast<int64_t>(work_rows), tile = config.row_tile;
-    const int64_t whole = (others + rows + tile / 8) / tile * tile - others;
-    if (rows < most && whole >= rows / 2 && whole >= smallest) rows = std::min<int64_t>(whole, most);
   }
   training.take_chunk(static_cast<int32_t>(rows));
   limits.take_rows(rows);

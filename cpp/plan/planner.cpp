@@ -177,6 +177,7 @@ std::vector<int64_t> Planner::State::commit(const Plan& plan, const StepOutcome&
   const auto fewer = [](int32_t ran, int32_t planned) { return ran >= 0 && ran < planned; };
   cut_short = !is_alone(plan) && ((!outcome.forward_done && fewer(outcome.forward_slices, plan.forward_slices)) ||
                                   fewer(outcome.backward_slices, plan.backward_slices));
+  waited = waits;
   clock += rows_offered;
   if (!served_queues.empty()) {
     const PromptLevel* waiting_longest = &prompts.least_recently_served();

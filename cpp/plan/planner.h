@@ -53,7 +53,6 @@ struct PlannerConfig {
   int32_t slice_rows = 0;
   // With slice_rows: rows of other kinds that may share a step with a chunk (what Saved has room for behind the micro-batch).
   int32_t slack_rows = 1024;
-  int32_t row_tile = 1;     // rows that a pass takes at once: a chunk that is cut to fit the time makes them whole
   bool rerun = false;       // each layer's forward is computed again in its backward
   double mlp_share = 0.85;  // of a layer's products: those of the slices that hold the MLP and o
   // With a goal, steps are filled to it and not beyond, by this model, which outlives the planner. Needs slice_rows > 0.

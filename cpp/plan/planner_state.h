@@ -62,6 +62,7 @@ struct Planner::State {
   double work_rows = 0, sample_heads = 0, loss_heads = 0, train_heads = 0;
   double now = 0;
   double train_seconds = -1;   // a step with rows of requests is filled to; < 0: no limit
+  double chunk_seconds = -1;   // the same, when time was saved for a chunk of training
   double prompt_seconds = -1;  // prompt rows may come up to
   double alone_seconds = -1;   // a step of training alone
   bool prompt_time_over = false;
@@ -69,6 +70,8 @@ struct Planner::State {
   bool must_train = false;        // training was passed over too long: its smallest piece is in the step whatever it costs
   bool overdue_training = false;  // that was so when the plan began
   bool cut_short = false;         // the last step had rows of requests and ended before its slices did
+  bool waits = false;             // the open plan leaves a chunk out to save time for it
+  bool waited = false;            // the last committed one did
   bool skip_evaluation = false;   // the last step had evaluation rows: training has the next
 
   Plan plan(const StepBudget& budget);
@@ -107,7 +110,8 @@ struct Planner::State {
   void plan_pieces();
   int64_t rows_held() const;
   void evaluate();
-  bool plan_forward(bool alone, double limit);  // true: with this step all rows of the micro-batch are forwarded
+  int64_t chunk_in_time(int64_t most, double limit, double longest);
+  bool plan_forward(bool alone, double limit, double longest);  // true: with this step all rows of the micro-batch are forwarded
   void plan_backward(double limit, bool forward_planned);
   int32_t slices_in_time(int32_t most, double limit, const std::function<StepWork(int32_t)>& slice);
 
@@ -124,7 +128,7 @@ struct Planner::State {
   Serve admit(PlannedRequest& request, bool aged);
   void undo_admit(PlannedRequest& request);
   void touch(PromptQueue& queue);
-  int64_t composition_rows() const { return std::max<int64_t>(config.slice_rows, config.max_batch_tokens - config.slack_rows); }
+  int64_t composition_rows() const { return config.max_batch_tokens; }
   int64_t prompt_quantum() const { return std::max<int64_t>(config.page_size, config.max_batch_tokens / 8); }  // rows of a turn
   bool level_aged() { return prompts.levels().size() > 1 && level_passes >= config.starvation_steps; }
   PromptLevel& next_level() { return level_aged() ? prompts.least_recently_served() : prompts.levels().begin()->second; }

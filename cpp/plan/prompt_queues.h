@@ -35,6 +35,7 @@ struct PlannedRequest {
   bool reject_late = false;
   double first_token = -1;  // when it came, seconds; < 0: not yet
   double last_token = -1;
+  double due = 0;  // when the next one is, with a goal; valid from the first token on
   RequestState state = RequestState::waiting;
   std::vector<int32_t> tokens;                 // prompt and generated
   std::vector<int32_t> pages;                  // in order of position

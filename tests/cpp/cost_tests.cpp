@@ -124,6 +124,77 @@ TEST(the_prior_is_a_roofline) {
   }
 }
 
+// Products in tiles of 256 rows, four tiles at a time.
+double stairs(double rows) { return rows <= 0 ? 0 : 4e-3 + 2.5e-3 * std::ceil(rows / 256) + 9e-3 * std::floor((rows - 1) / 1024); }
+
+DeviceRates tiled_gpu() {
+  DeviceRates rates = gpu();
+  for (double rows = 64; rows <= 2304; rows += 64) rates.by_rows.emplace_back(rows, 2 * 6.98e9 * rows / stairs(rows));
+  return rates;
+}
+
+TEST(measured_passes_are_the_prior_where_there_are_some) {
+  const CostModel model(llama_8b(), tiled_gpu());
+  const auto seconds = [&](double rows, double share = 1) {
+    StepWork w;
+    w.add_forward(rows, share);
+    return model.predict(w);
+  };
+  const double row = 2 * 6.98e9 / 7e14;  // beside its products a row has a tenth of them, and a pass its launches
+  for (const double rows : {1.0, 64.0, 200.0, 256.0, 257.0, 1024.0, 1025.0, 2304.0}) {
+    CHECK_NEAR(seconds(rows), stairs(64 * std::ceil(rows / 64)) + 0.1 * row * rows + 32 * 3e-6 + 1e-4, 1e-6);
+  }
+  CHECK(seconds(1025) > seconds(1024) + 9e-3);
+  CHECK_NEAR(seconds(4608), 2 * stairs(2304) + 0.1 * row * 4608 + 32 * 3e-6 + 1e-4, 1e-6);
+  CHECK_NEAR(seconds(1024, 0.5) - 1e-4, (seconds(1024) - 1e-4) / 2, 1e-9);
+  DeviceRates few = gpu(), falling = gpu();
+  few.by_rows = {{100, 1e14}, {500, 1e14}};  // up to the next size that was measured
+  StepWork w;
+  w.add_forward(120);
+  CHECK(CostModel(llama_8b(), few).predict(w) > 2 * 6.98e9 * 500 / 1e14);
+  falling.by_rows = {{64, 1e13}, {128, 1e15}};  // noise: more rows never take less
+  StepWork more;
+  more.add_forward(128);
+  CHECK(CostModel(llama_8b(), falling).predict(more) >= 2 * 6.98e9 * 64 / 1e13);
+  for (const auto& wrong : {std::vector<std::pair<double, double>>{{64, 1e14}, {64, 1e14}}, {{0, 1e14}}, {{64, 0}}}) {
+    DeviceRates rates = gpu();
+    rates.by_rows = wrong;
+    CHECK_THROWS(InvalidArgument, "by_rows", CostModel(llama_8b(), rates));
+  }
+}
+
+TEST(steps_of_tiles_are_learned_only_from_measured_passes) {
+  std::mt19937 random(seed_option());
+  const auto step = [&](double scale) {
+    Sample s;
+    const double rows = static_cast<double>(std::uniform_int_distribution<int>(1, 2304)(random));
+    s.work.add_forward(rows);
+    s.seconds = scale * (stairs(rows) + 2e-6 * rows + 3e-4);
+    return s;
+  };
+  DeviceRates fast_clock = tiled_gpu();  // measured while the device was cool
+  for (auto& [rows, rate] : fast_clock.by_rows) rate *= 1.2;
+  double error[2] = {};
+  for (const bool measured : {false, true}) {
+    CostModel model(llama_8b(), measured ? fast_clock : gpu());
+    std::normal_distribution<double> noise(0, 0.02);
+    for (int i = 0; i < 600; ++i) {
+      const Sample s = step(1);
+      model.observe(s.work, s.seconds * std::exp(noise(random)));
+    }
+    std::vector<double> list;
+    for (int i = 0; i < 1000; ++i) {
+      const Sample s = step(1);
+      list.push_back(std::abs(model.predict(s.work) / s.seconds - 1));
+    }
+    std::sort(list.begin(), list.end());
+    error[measured] = list[950];
+  }
+  std::cout << "a pass, error at p95: " << error[0] << " by hinges, " << error[1] << " with measured passes\n";
+  CHECK(error[1] <= 0.05);
+  CHECK(error[0] > 2 * error[1]);
+}
+
 TEST(learns_a_mixed_workload_on_both_kinds_of_machine) {
   std::mt19937 random(seed_option());
   for (const Machine& machine : {fast(), slow()}) {
@@ -225,7 +296,8 @@ TEST(text_comes_back_the_same_and_garbage_is_refused) {
   const CostModel model = learn(random, fast(), CostModel(llama_8b(), gpu()), 400, {});
   CostModel other(llama_8b(), {1e11, 1e12, 1e-5, 1e-4});
   const double before = other.predict(sample(random, fast()).work);
-  for (const std::string text : {"", "nonsense", "loquetier-cost-model-1 3 5 0.1 1 1 1", "loquetier-cost-model-1 28 5 0.1 1 1 1"}) {
+  for (const std::string text : {"", "nonsense", "loquetier-cost-model-1 29 5 0.1 1 1 1", "loquetier-cost-model-2 3 5 0.1 1 1 1",
+                                 "loquetier-cost-model-2 29 5 0.1 1 1 1"}) {
     CHECK_THROWS(FormatError, "[cost model] text", other.load(text));
   }
   CHECK(before > 0);
@@ -235,6 +307,14 @@ TEST(text_comes_back_the_same_and_garbage_is_refused) {
     CHECK_NEAR(other.predict(w), model.predict(w), 1e-6 * model.predict(w));
   }
   CHECK_EQ(other.save().substr(0, 24), model.save().substr(0, 24));
+  const CostModel tiled(llama_8b(), tiled_gpu());
+  other.load(tiled.save());
+  for (int i = 0; i < 50; ++i) {
+    const StepWork w = sample(random, fast()).work;
+    CHECK_NEAR(other.predict(w), tiled.predict(w), 1e-6 * tiled.predict(w));
+  }
+  const std::string saved = tiled.save();
+  CHECK_THROWS(FormatError, "passes", other.load(saved.substr(0, saved.rfind(' ')) + " 0"));
 }
 
 TEST(a_layer_is_cut_without_gaps) {

@@ -2,8 +2,10 @@
 // (hosted_ops.h), so what happens on a GPU that is too small, or that every copy goes where it should, is seen on any machine.
 #include <cstdlib>
 #include <iostream>
+#include <iterator>
 #include <map>
 #include <random>
+#include <sstream>
 
 #include "check.h"
 #include "engine/impl.h"
@@ -81,6 +83,24 @@ TEST(what_does_not_fit_is_listed) {
   CHECK_THROWS(InvalidArgument, "max_train_tokens",
                Engine::plan_memory_of_config(kLlama8b, {.max_batch_tokens = 64, .max_train_tokens = 65}, {}));
   CHECK_THROWS(OutOfMemory, "saved", Hosted(small_options(), size_t{1} << 20));
+}
+
+// The start measures passes on a device of its own, up to the rows of a step; on the host there are no tiles to find.
+TEST(passes_are_measured_at_start) {
+  const auto passes_of = [](const Engine& engine) {
+    std::istringstream text(engine.stats().cost_model);
+    std::vector<std::string> words{std::istream_iterator<std::string>(text), {}};
+    std::vector<double> seconds;
+    for (size_t i = words.size() - StepWork::kPassSizes; i < words.size(); ++i) seconds.push_back(std::stod(words[i]));
+    return seconds;
+  };
+  EngineOptions options = small_options();
+  options.max_batch_tokens = 200;
+  const Hosted hosted(options);
+  const std::vector<double> passes = passes_of(*hosted.engine);
+  CHECK(passes.front() > 0);
+  CHECK(std::ranges::is_sorted(passes));
+  for (const double seconds : passes_of(Engine(BaseModel::random(kTinyConfig, 7), {.device = "cpu"}))) CHECK_EQ(seconds, 0);
 }
 
 namespace {

@@ -23,6 +23,15 @@ ModelShape llama_8b() { return {6.98e9, 128256.0 * 4096, 4096, kLayers, 4096, 20
 DeviceRates gpu() { return {4.2e12, 7.2e14, 3e-6, 1e-4}; }
 CostModel clock_of_gpu() { return CostModel(llama_8b(), gpu()); }
 
+// The same with its products as they come: in tiles, and slower on the average (measured on an H200 with adapters of rank 16).
+DeviceRates tiled_gpu() {
+  DeviceRates rates{4.2e12, 4.8e14, 2e-5, 1e-4};
+  rates.by_rows = {{64, 1.7e14},   {128, 2.3e14},  {192, 2.5e14},  {256, 3.1e14}, {384, 3.8e14},  {448, 4.4e14},
+                   {512, 4.2e14},  {640, 4.3e14},  {768, 5.0e14},  {896, 5.3e14}, {1024, 5.7e14}, {1152, 4.8e14},
+                   {1280, 5.3e14}, {1536, 5.8e14}, {1792, 5.6e14}, {2048, 5.6e14}};
+  return rates;
+}
+
 SimulationOptions options_for(int64_t adapters, double tpot, double ttft = 1) {
   SimulationOptions o;
   o.planner.kv_pages = 40000;
@@ -100,6 +109,17 @@ int64_t trained_tokens(const SimulationResult& result, int32_t trainer = -1, dou
     if ((trainer < 0 || t.trainer == trainer) && t.at >= from && t.at <= to) tokens += t.tokens;
   }
   return tokens;
+}
+
+// Tokens a second from the first end of a mini-batch in the window to the last one.
+double steady_rate(const SimulationResult& result, double from, double to) {
+  double first = -1, last = -1;
+  for (const SimulatedTraining& t : result.trained) {
+    if (t.at < from || t.at > to) continue;
+    if (first < 0) first = t.at;
+    last = t.at;
+  }
+  return static_cast<double>(trained_tokens(result, -1, first, last) - trained_tokens(result, -1, first, first)) / (last - first);
 }
 
 double alone_rate(int trainers, double tpot) {
@@ -195,7 +215,51 @@ TEST(live_decodes_keep_their_target_and_training_gets_the_rest) {
                 1e3 * c.tpot, 1e3 * tpot_p99(result), 100 * share);
     CHECK(tpot_p99(result) <= c.tpot);
     CHECK(share >= c.share);
-    CHECK(result.longest_serving_step <= 1.05 * c.tpot);
+    CHECK(result.longest_serving_step <= 1.25 * c.tpot + 1e-9);  // longer than the mean only with time that was saved
+  }
+}
+
+// What an engine on an H200 meets: products in tiles, a cost model that learns, noise.
+TEST(live_decodes_beside_training_on_a_device_with_tiles) {
+  const CostModel truth(llama_8b(), tiled_gpu());
+  DeviceRates cool = tiled_gpu();  // measured at start, at a higher clock
+  for (auto& [rows, rate] : cool.by_rows) rate *= 1.15;
+  cool.flops_per_second = 7e14;
+  struct Case {
+    size_t decodes;
+    double tpot;
+    int trainers;
+    double share;
+  };
+  for (const Case c : {Case{32, 0.03, 1, 0.75}, Case{64, 0.03, 1, 0.75}, Case{64, 0.03, 4, 0.75}, Case{64, 0.05, 4, 0.8}}) {
+    SimulationOptions o = options_for(4 + c.trainers, c.tpot);
+    o.planner.slice_rows = 1024;
+    o.noise = 0.03;
+    o.seed = 47;
+    std::vector<SimulatedTrainer> trainers;
+    for (int i = 0; i < c.trainers; ++i) {
+      trainers.push_back(packed(4 + i));
+      trainers.back().accumulation = 1;
+    }
+    CostModel believed(llama_8b(), cool);
+    o.believed = &believed;
+    o.seconds = 30;
+    const SimulationResult apart = simulate(o, truth, {}, trainers);
+    o.seconds = 1e9;
+    o.until_served = true;
+    const auto requests = live(c.decodes, 512, 600);
+    const SimulationResult both = simulate(o, truth, requests, trainers);
+    double begin = 0, end = 1e9;  // while all requests run
+    for (const SimulatedRequestResult& r : both.requests) begin = std::max(begin, r.first), end = std::min(end, r.last);
+    const double alone = steady_rate(apart, 0, apart.seconds), share = steady_rate(both, begin, end) / alone;
+    std::printf(
+        "seed 47, tiles, %zu live decodes, %d trainers, target %.0f ms: p99 %.2f ms, training at %.1f %% of alone (%.0f), "
+        "step times believed within %.1f %% (median), %.1f %% (p95)\n",
+        c.decodes, c.trainers, 1e3 * c.tpot, 1e3 * tpot_p99(both), 100 * share, alone, 100 * both.error_p50, 100 * both.error_p95);
+    CHECK(tpot_p99(both) <= c.tpot);
+    CHECK(share >= c.share);
+    CHECK(both.error_p50 <= 0.05);
+    CHECK(both.error_p95 <= 0.15);
   }
 }
 

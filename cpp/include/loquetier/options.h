@@ -167,7 +167,8 @@ struct InferOptions {
 // What serving is to keep while training takes the rest.
 struct LatencyTarget {
   double ttft_ms = 1000;  // from submission to the first token, > 0
-  double tpot_ms = 50;    // mean time per output token after the first, > 0
+  // Mean time per output token after the first, > 0. One gap may be planned a quarter longer, with time that gaps before it left.
+  double tpot_ms = 50;
 };
 
 struct EngineOptions {

@@ -83,6 +83,22 @@ def training_rate(run: RunRecord) -> float:
     return sum(tokens for at, tokens in run.trained if at <= run.window) / run.window if run.window > 0 else math.nan
 
 
+def live_window(requests: Sequence[RequestRecord]) -> tuple[float, float] | None:
+    """While every request was running: from the last first token to the first last one. None: there was no such time."""
+    if not requests or not all(r.tokens for r in requests):
+        return None
+    begin, end = max(r.first for r in requests), min(r.last for r in requests)
+    return (begin, end) if begin < end else None
+
+
+def training_rate_between(run: RunRecord, begin: float, end: float) -> float:
+    """Real tokens a second from the first end of a mini-batch in the window to the last one; NaN with fewer than two."""
+    times = [at for at, _ in run.trained if begin <= at <= end]
+    if not times or times[-1] <= times[0]:
+        return math.nan
+    return sum(tokens for at, tokens in run.trained if times[0] < at <= times[-1]) / (times[-1] - times[0])
+
+
 def summarise(run: RunRecord, ttft: float, tpot: float) -> dict[str, float]:
     """The figures of a run; `ttft` and `tpot`: the targets in force, seconds."""
     figures: dict[str, float] = {}
@@ -110,6 +126,8 @@ def summarise(run: RunRecord, ttft: float, tpot: float) -> dict[str, float]:
     if run.trained or run.updates:
         figures["training_tokens_per_second"] = training_rate(run)
         figures["optimizer_steps"] = run.updates
+        if live := live_window(rs):
+            figures["live_training_tokens_per_second"] = training_rate_between(run, *live)
     figures["window"] = run.window
     return {**figures, **run.extra}
 
@@ -136,6 +154,8 @@ ROWS = (
     ("attained", "both targets", "%", 100),
     ("training_tokens_per_second", "training, real tokens", "tok/s", 1),
     ("training_share", "of stand-alone training", "%", 100),
+    ("live_training_tokens_per_second", "while all requests ran", "tok/s", 1),
+    ("live_training_share", "of stand-alone training", "%", 100),
     ("optimizer_steps", "optimizer steps", "", 1),
     ("prediction_error_median", "step time predicted, error p50", "%", 100),
     ("prediction_error_p95", "step time predicted, error p95", "%", 100),
