@@ -1,11 +1,11 @@
 // Attention of one query row a sequence over paged keys and values. Bound by their bytes, so the kernel is a stream of them through
 // shared memory.
 //
-// The work is all keys of all sequences and kv heads in a row, in units of 64 keys; each block takes an equal run of units, wherever
-// it begins and ends, so uneven lengths leave no processor idle and one long sequence keeps all of them busy. Lengths are read on
-// the device: a recorded launch serves whatever batch it meets. A warp takes 16 keys of each unit, has its own ring of stages
-// (cp.async) and its own running softmax; the ring runs ahead over the ends of sequences, and the warps meet only there. The query
-// heads of a kv head are one tile, so keys and values are read once: S = K q^T with the keys as m and the heads as n, then
+// The work is all keys of all sequences and kv heads in a row, in units of 64 keys; each block takes an equal run of units,
+// wherever it begins and ends, so uneven lengths leave no processor idle and one long sequence keeps all of them busy. Lengths are
+// read on the device: a recorded launch serves whatever batch it meets. A warp takes 16 keys of each unit, has its own ring of
+// stages (cp.async) and its own running softmax; the ring runs ahead over the ends of sequences, and the warps meet only there. The
+// query heads of a kv head are one tile, so keys and values are read once: S = K q^T with the keys as m and the heads as n, then
 // O^T += V^T P^T, whose P^T is S with its 8 x 8 blocks transposed in registers.
 //
 // A kv head of a sequence whose units lie in several blocks: each block leaves its sums in memory, and the last of them to come
@@ -49,10 +49,10 @@ struct DecodeAttentionArgs {
   const int32_t* page_table;
   int sequences, max_pages, page_bits;  // a page holds 2^page_bits keys
   int kv_heads, group;
-  float scale;           // of the scores, to base 2
-  unsigned* tickets;     // [blocks] 0 between launches
-  float2* marks;         // [blocks, 2, kMostHeads] largest score and sum of exponentials
-  float* sums;           // [blocks, 2, kMostHeads, kD]
+  float scale;        // of the scores, to base 2
+  unsigned* tickets;  // [blocks] 0 between launches
+  float2* marks;      // [blocks, 2, kMostHeads] largest score and sum of exponentials
+  float* sums;        // [blocks, 2, kMostHeads, kD]
 };
 constexpr int kMostHeads = kMostDecodeGroup;
 static_assert(kMostHeads % kHeads == 0);
@@ -191,7 +191,7 @@ __device__ inline void fetch(const DecodeAttentionArgs& a, const Place& place, i
 
 template <class T, int kD, int kN>
 struct Running {
-  float o[kN][kD / 16][4];  // O^T: d is m, heads are n
+  float o[kN][kD / 16][4];       // O^T: d is m, heads are n
   float top[kN][2], sum[kN][2];  // of heads 8n + 2q and the next; the sum is this lane's part
 
   __device__ void clear() {
@@ -245,8 +245,8 @@ struct Running {
     const int row = block / 2 * 8 + in_block;
 #pragma unroll
     for (int m = 0; m < kD / 16; ++m) {
-      const Fragment v = load_blocks_transposed(
-          stage + static_cast<uint32_t>(S::matrix + row * S::row + ((2 * m + block % 2) ^ in_block) * 16));
+      const Fragment v =
+          load_blocks_transposed(stage + static_cast<uint32_t>(S::matrix + row * S::row + ((2 * m + block % 2) ^ in_block) * 16));
 #pragma unroll
       for (int n = 0; n < kN; ++n) multiply<T>(o[n][m], v.v[0], v.v[1], v.v[2], v.v[3], p[n][0], p[n][1]);
     }
@@ -448,16 +448,13 @@ void launch_decode_attention(const DecodeAttentionArgs& args, int processors, cu
 
 }  // namespace
 
-size_t decode_attention_workspace_bytes(int processors) {
-  return static_cast<size_t>(processors) * kDecodeAttentionWorkspace;
-}
+size_t decode_attention_workspace_bytes(int processors) { return static_cast<size_t>(processors) * kDecodeAttentionWorkspace; }
 
 bool decode_attention(void* workspace, TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, int32_t first,
                       int32_t count, const AttentionShape& shape, TensorView out, int processors, cudaStream_t stream) {
   const int group = shape.q_heads / shape.kv_heads, d = shape.head_size;
   if ((d != 64 && d != 128) || group > kMostHeads || !std::has_single_bit(static_cast<unsigned>(kv_shape.page_size)) ||
-      !rows_of_vectors(q) || !rows_of_vectors(out) || !aligned16(kv.k) ||
-      !aligned16(kv.v))
+      !rows_of_vectors(q) || !rows_of_vectors(out) || !aligned16(kv.k) || !aligned16(kv.v))
     return false;
   DecodeAttentionArgs args = {};
   args.q = q.data;
