@@ -1,6 +1,8 @@
 // The attention ops: checks, and the choice between the kernel for decodes (attention_decode.cu), cuDNN for all else
 // (attention_cudnn.cpp, which holds the facts to know) and the plain kernels (attention_plain.cu): those serve the deterministic
 // mode's forward and whatever cuDNN refuses.
+#include <algorithm>
+
 #include "attention_decode.h"
 #include "attention_plain.h"
 #include "attention_plans.h"
@@ -20,6 +22,11 @@ void check_shape(const char* op, const AttentionShape& shape) {
 }
 
 }  // namespace
+
+void CudaOps::warm_up(const AttentionShape& shape, const KvShape& kv_shape) {
+  device_.use();
+  attention_plans_->warm_up(attention_scratch_, shape, kv_shape);
+}
 
 void CudaOps::attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,
                               const AttentionShape& shape, TensorView out) {
@@ -45,11 +52,14 @@ void CudaOps::attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape,
     plain_attention_paged(stream(), dtype_, q, kv, kv_shape, batch, shape, out);
     return;
   }
-  const int32_t chunks = batch.sequences - batch.decodes;
+  const auto one_row = [](int32_t rows) { return rows <= 1; };
+  int32_t chunks = batch.sequences - batch.decodes;
+  if (std::all_of(batch.host_rows, batch.host_rows + chunks, one_row)) chunks = 0;  // ends of prompts are as decodes
+  const int32_t decodes = batch.sequences - chunks;
   if (chunks > 0) attention_plans_->paged(stream(), attention_scratch_, q, kv, kv_shape, batch, 0, chunks, shape, out);
-  if (batch.decodes > 0 && !decode_attention(attention_decode_workspace_.data(), q, kv, kv_shape, batch, chunks, batch.decodes,
-                                             shape, out, device_.processors(), stream()))
-    attention_plans_->paged(stream(), attention_scratch_, q, kv, kv_shape, batch, chunks, batch.decodes, shape, out);
+  if (decodes > 0 && !decode_attention(attention_decode_workspace_.data(), q, kv, kv_shape, batch, chunks, decodes, shape, out,
+                                       device_.processors(), stream()))
+    attention_plans_->paged(stream(), attention_scratch_, q, kv, kv_shape, batch, chunks, decodes, shape, out);
 }
 
 void CudaOps::attention_paged_by_cudnn(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,

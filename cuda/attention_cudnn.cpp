@@ -3,9 +3,13 @@
 // Facts the code rests on (measured on an H200 with cuDNN 9.19):
 // * Lengths, offsets and page tables are device tensors, so one plan serves every batch up to its bucket of sequences; empty
 //   sequences are fine.
-// * Decode rows have plans of their own with one query a sequence. A dense one writes every row of its bucket, so it runs only when
-//   the bucket is full; otherwise a ragged one (8 % slower) leaves the rows past the last alone.
-// * A plan compiles at its first use: 0.4 - 1.4 s for the first of a kind in a process, 40 - 80 ms for the next.
+// * Decode rows that the kernel for them (attention_decode.cu) does not take have plans of their own with one query a sequence. A
+//   dense one writes every row of its bucket, so it runs only when the bucket is full; otherwise a ragged one (8 % slower) leaves
+//   the rows past the last alone.
+// * A plan compiles at its first use: 0.1 - 1.4 s for the first of a kind in a process, 50 - 100 ms for the next. So there are few:
+//   all maxima are the limits of a step. At 8B shape a plan of 16 sequences, 8192 rows and 8192 keys is up to 2 us slower than an
+//   exact one forward (of 14 to 290 us) and up to 5 us backward (of 42 to 943 us); one of 64 sequences up to 9 and 28 us.
+// * Backward's workspace grows with the greatest number of rows and with the distance between rows: see ops/workspace.h.
 // * One-row sequences alone (max 1) are refused by the packed graphs; the plain kernels take them.
 // * Masked keys are multiplied by a probability of zero, so all it reads must be numbers (see RaggedTables).
 // * Offsets count elements in 32 bits, so rows * ld must stay below 2^31.
@@ -15,7 +19,9 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <chrono>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <unordered_map>
 #include <vector>
@@ -70,11 +76,21 @@ void check(fe::error_t error, const char* what) {
   require<DeviceError>(error.is_good(), "[attention] cuDNN, ", what, ": ", error.get_message());
 }
 
-int bucket_of(int n, bool decode) {
-  const int power = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::max(n, 1))));
-  const int between = power / 4 * 3;  // decode plans are picky about their batch: 12, 24, 48, 96, … as well
-  return decode && power >= 16 && n <= between ? between : power;
+int power_at_least(int64_t n) { return static_cast<int>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(n, 1)))); }
+
+int decode_bucket(int sequences) {
+  const int power = power_at_least(sequences), between = power / 4 * 3;  // picky about their batch: 12, 24, 48, 96, … as well
+  return power >= 16 && sequences <= between ? between : power;
 }
+
+int sequence_bucket(int64_t sequences) {
+  int bucket = 16;
+  while (bucket < sequences) bucket *= 4;
+  return bucket;
+}
+
+constexpr int64_t kMostLimit = 8192;  // rows of a sequence; more empty places than measured might cost more
+constexpr double kWarmUpSeconds = 6;  // a bound of warm_up(), which takes 3 s as measured
 
 enum Uid : int64_t {
   kQ = 1,
@@ -130,6 +146,32 @@ class CudnnPlans final : public AttentionPlans {
     if (handle_ != nullptr) fe::detail::destroy_handle(handle_);
   }
 
+  void limit(const OpsLimits& limits) override { limits_ = limits; }
+
+  void warm_up(Scratch& scratch, const AttentionShape& shape, const KvShape& kv_shape) override {
+    if (deterministic_) return;  // its forward has no plans, its backward exact ones
+    const auto begin = std::chrono::steady_clock::now();
+    const auto build = [&](int b, int64_t extra, const std::function<AttentionPlan&()>& plan) {
+      if (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() > kWarmUpSeconds) return;
+      scratch.reserve(layout_of(plan(), b, extra).bytes);
+    };
+    // As the model has it: q, k and v side by side, gradients too.
+    const int64_t out = int64_t{shape.q_heads} * shape.head_size, qkv = out + 2 * int64_t{shape.kv_heads} * shape.head_size;
+    const int pages = page_bucket(0, kv_shape), chunk = chunk_bucket(0), rows = packed_bucket(0);
+    for (const int b : {16, 64}) {
+      if (b <= sequence_bucket(limits_.sequences))
+        build(b, int64_t{b} * pages,
+              [&]() -> AttentionPlan& { return paged_plan(PlanKey::chunk, b, chunk, pages, shape, kv_shape, qkv, out); });
+      if (limits_.train_rows == 0) continue;
+      build(b, 0, [&]() -> AttentionPlan& {
+        return packed_plan(b, rows, true, shape, {.q = qkv, .k = qkv, .v = qkv, .out = out, .lse = shape.q_heads});
+      });
+      build(b, 0, [&]() -> AttentionPlan& {
+        return backward_plan(b, rows, total_bucket(0), shape, {qkv, qkv, qkv, out, shape.q_heads, out, qkv, qkv, qkv});
+      });
+    }
+  }
+
   bool takes_paged(TensorView q, const KvLayer& kv, const KvShape& kv_shape, const AttentionShape& shape,
                    TensorView out) const override {
     const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
@@ -149,41 +191,19 @@ class CudnnPlans final : public AttentionPlans {
       adjacent = adjacent && batch.host_row_begin[i] == batch.host_row_begin[first] + (i - first);
     }
     const bool decode = max_rows == 1;
-    const int b = bucket_of(count, decode),
-              pages = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::max(batch.max_pages, 1))));
+    const int b = decode ? decode_bucket(count) : sequence_bucket(count), pages = page_bucket(batch.max_pages, kv_shape);
     const bool dense = decode && adjacent && b == count;
-    const int max_q = decode ? 1 : std::max(128, bucket_of(max_rows, false));
-    const PlanKey key = {{decode ? (dense ? PlanKey::decode_dense : PlanKey::decode_ragged) : PlanKey::chunk, b, max_q, pages,
-                          shape.q_heads, shape.kv_heads, shape.head_size, std::bit_cast<int32_t>(shape.scale), q.ld, out.ld,
-                          kv_shape.pages, kv_shape.page_size}};
-    const int64_t d = shape.head_size;
-    AttentionPlan& plan = get(key, [&](fe::graph::Graph& graph) {
-      const auto ragged = [&](Uid uid) { return dense ? nullptr : offset(graph, uid, b); };
-      const Tensor tq = rows_tensor(graph, kQ, b, shape.q_heads, max_q, d, q.ld, ragged(kOffQ));
-      const std::vector<int64_t> dims = {kv_shape.pages, shape.kv_heads, kv_shape.page_size, d};
-      const std::vector<int64_t> strides = {kv_shape.page_size * shape.kv_heads * d, d, shape.kv_heads * d, 1};
-      const Tensor tk = tensor(graph, kK, dims, strides), tv = tensor(graph, kV, dims, strides);
-      auto options = fe::graph::SDPA_attributes()
-                         .set_name("paged")
-                         .set_generate_stats(false)
-                         .set_attn_scale(shape.scale)
-                         .set_padding_mask(true)
-                         .set_seq_len_q(ints(graph, kSeqQ, {b, 1, 1, 1}))
-                         .set_seq_len_kv(ints(graph, kSeqKv, {b, 1, 1, 1}))
-                         .set_paged_attention_k_table(ints(graph, kTable, {b, 1, pages, 1}))
-                         .set_paged_attention_v_table(ints(graph, kTableV, {b, 1, pages, 1}))
-                         .set_paged_attention_max_seq_len_kv(pages * kv_shape.page_size);
-      if (!decode) options.set_diagonal_alignment(fe::DiagonalAlignment_t::BOTTOM_RIGHT).set_diagonal_band_right_bound(0);
-      auto [to, stats] = graph.sdpa(tq, tk, tv, options);
-      output(to, kO, b, shape.q_heads, max_q, d, out.ld, ragged(kOffO));
-    });
+    AttentionPlan& plan = paged_plan(!decode ? PlanKey::chunk
+                                     : dense ? PlanKey::decode_dense
+                                             : PlanKey::decode_ragged,
+                                     b, decode ? 1 : chunk_bucket(max_rows), pages, shape, kv_shape, q.ld, out.ld);
 
     std::unordered_map<int64_t, void*> pack = {{kQ, q.data}, {kK, kv.k}, {kV, kv.v}, {kO, out.data}};
     RaggedTables tables = base_tables(count, b, batch.row_begin + first, batch.rows + first, nullptr, batch.kv_len + first);
     tables.page_table = batch.page_table + int64_t{first} * batch.max_pages;
     tables.kv = kv;
     tables.page_size = kv_shape.page_size;
-    tables.slot_elements = int64_t{shape.kv_heads} * d;
+    tables.slot_elements = int64_t{shape.kv_heads} * shape.head_size;
     tables.max_pages = batch.max_pages;
     tables.plan_pages = pages;
     std::byte* at = carve(tables, scratch, plan, int64_t{b} * pages);
@@ -204,28 +224,10 @@ class CudnnPlans final : public AttentionPlans {
 
   void packed(cudaStream_t stream, Scratch& scratch, TensorView q, TensorView k, TensorView v, const PackedBatch& batch,
               const AttentionShape& shape, TensorView out, TensorView lse) override {
-    const int b = bucket_of(batch.sequences, false), max_rows = std::max(64, bucket_of(batch.max_rows, false));
+    const int b = sequence_bucket(batch.sequences);
     const bool stats = lse.data != nullptr;
-    const PlanKey key = {{PlanKey::packed, b, max_rows, stats, shape.q_heads, shape.kv_heads, shape.head_size,
-                          std::bit_cast<int32_t>(shape.scale), q.ld, k.ld, v.ld, out.ld, lse.ld}};
-    AttentionPlan& plan = get(key, [&](fe::graph::Graph& graph) {
-      const int64_t d = shape.head_size;
-      const Tensor tq = rows_tensor(graph, kQ, b, shape.q_heads, max_rows, d, q.ld, offset(graph, kOffQ, b)),
-                   tk = rows_tensor(graph, kK, b, shape.kv_heads, max_rows, d, k.ld, offset(graph, kOffK, b)),
-                   tv = rows_tensor(graph, kV, b, shape.kv_heads, max_rows, d, v.ld, offset(graph, kOffV, b));
-      auto [to, ts] = graph.sdpa(tq, tk, tv,
-                                 fe::graph::SDPA_attributes()
-                                     .set_name("packed")
-                                     .set_generate_stats(stats)
-                                     .set_attn_scale(shape.scale)
-                                     .set_padding_mask(true)
-                                     .set_seq_len_q(ints(graph, kSeqQ, {b, 1, 1, 1}))
-                                     .set_seq_len_kv(ints(graph, kSeqKv, {b, 1, 1, 1}))
-                                     .set_diagonal_alignment(fe::DiagonalAlignment_t::BOTTOM_RIGHT)
-                                     .set_diagonal_band_right_bound(0));
-      output(to, kO, b, shape.q_heads, max_rows, d, out.ld, offset(graph, kOffO, b));
-      if (stats) output_stats(ts, b, shape.q_heads, max_rows, lse.ld, offset(graph, kOffStats, b));
-    });
+    AttentionPlan& plan = packed_plan(b, packed_bucket(batch.max_rows), stats, shape,
+                                      {.q = q.ld, .k = k.ld, .v = v.ld, .out = out.ld, .lse = lse.ld});
     std::unordered_map<int64_t, void*> pack = {{kQ, q.data}, {kK, k.data}, {kV, v.data}, {kO, out.data}};
     RaggedTables tables = base_tables(batch.sequences, b, batch.q_begin, batch.q_rows, batch.kv_begin, batch.kv_rows);
     carve(tables, scratch, plan, 0);
@@ -247,35 +249,10 @@ class CudnnPlans final : public AttentionPlans {
                 TensorView dout, const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk,
                 TensorView dv) override {
     // The deterministic algorithm's workspace grows with batch * max^2, so its plan is exact.
-    const int b = deterministic_ ? batch.sequences : bucket_of(batch.sequences, false);
-    const int max_rows = deterministic_ ? batch.max_rows : std::max(64, bucket_of(batch.max_rows, false));
-    const int64_t total = (q.rows + 1023) / 1024 * 1024;
-    const PlanKey key = {{PlanKey::backward, b, max_rows, total, shape.q_heads, shape.kv_heads, shape.head_size,
-                          std::bit_cast<int32_t>(shape.scale), q.ld, k.ld, v.ld, out.ld, lse.ld, dout.ld, dq.ld, dk.ld, dv.ld}};
-    AttentionPlan& plan = get(key, [&](fe::graph::Graph& graph) {
-      const int64_t d = shape.head_size;
-      const int hq = shape.q_heads, hk = shape.kv_heads;
-      const auto rows = [&](Uid uid, Uid off, int heads, int64_t ld) {
-        return rows_tensor(graph, uid, b, heads, max_rows, d, ld, offset(graph, off, b));
-      };
-      const Tensor ts = graph.tensor(stats_attributes(b, hq, max_rows, lse.ld, offset(graph, kOffStats, b)));
-      auto options = fe::graph::SDPA_backward_attributes()
-                         .set_name("backward")
-                         .set_attn_scale(shape.scale)
-                         .set_padding_mask(true)
-                         .set_seq_len_q(ints(graph, kSeqQ, {b, 1, 1, 1}))
-                         .set_seq_len_kv(ints(graph, kSeqKv, {b, 1, 1, 1}))
-                         .set_max_total_seq_len_q(total)
-                         .set_max_total_seq_len_kv(total)
-                         .set_diagonal_alignment(fe::DiagonalAlignment_t::TOP_LEFT)
-                         .set_diagonal_band_right_bound(0)
-                         .set_deterministic_algorithm(deterministic_);
-      auto [tdq, tdk, tdv] = graph.sdpa_backward(rows(kQ, kOffQ, hq, q.ld), rows(kK, kOffK, hk, k.ld), rows(kV, kOffV, hk, v.ld),
-                                                 rows(kO, kOffO, hq, out.ld), rows(kDo, kOffDo, hq, dout.ld), ts, options);
-      output(tdq, kDq, b, hq, max_rows, d, dq.ld, offset(graph, kOffDq, b));
-      output(tdk, kDk, b, hk, max_rows, d, dk.ld, offset(graph, kOffDk, b));
-      output(tdv, kDv, b, hk, max_rows, d, dv.ld, offset(graph, kOffDv, b));
-    });
+    const int b = deterministic_ ? batch.sequences : sequence_bucket(batch.sequences);
+    const int max_rows = deterministic_ ? batch.max_rows : packed_bucket(batch.max_rows);
+    AttentionPlan& plan =
+        backward_plan(b, max_rows, total_bucket(q.rows), shape, {q.ld, k.ld, v.ld, out.ld, lse.ld, dout.ld, dq.ld, dk.ld, dv.ld});
     std::unordered_map<int64_t, void*> pack = {{kQ, q.data},     {kK, k.data},   {kV, v.data},   {kO, out.data}, {kStats, lse.data},
                                                {kDo, dout.data}, {kDq, dq.data}, {kDk, dk.data}, {kDv, dv.data}};
     RaggedTables tables = base_tables(batch.sequences, b, batch.q_begin, batch.q_rows, batch.kv_begin, batch.kv_rows);
@@ -302,6 +279,103 @@ class CudnnPlans final : public AttentionPlans {
       if (reinterpret_cast<uintptr_t>(t.data) % 16 != 0 || t.ld % 8 != 0 || t.rows * t.ld >= int64_t{1} << 31) return false;
     }
     return true;
+  }
+
+  // Buckets of maxima: the limits of a step, unless a call needs more (no limits: tests).
+  int row_limit() const {
+    return power_at_least(std::min({std::max(limits_.rows, limits_.train_rows), limits_.max_positions, kMostLimit}));
+  }
+  int chunk_bucket(int rows) const { return std::max({128, row_limit(), power_at_least(rows)}); }
+  int packed_bucket(int rows) const { return std::max({64, row_limit(), power_at_least(rows)}); }
+  int page_bucket(int pages, const KvShape& kv_shape) const {
+    return std::max(power_at_least(limits_.max_positions / kv_shape.page_size), power_at_least(pages));
+  }
+  int64_t total_bucket(int64_t rows) const {
+    return (std::max(rows, deterministic_ ? 0 : limits_.train_rows) + 1023) / 1024 * 1024;
+  }
+
+  AttentionPlan& paged_plan(PlanKey::Kind kind, int b, int max_q, int pages, const AttentionShape& shape, const KvShape& kv_shape,
+                            int64_t q_ld, int64_t out_ld) {
+    const PlanKey key = {{kind, b, max_q, pages, shape.q_heads, shape.kv_heads, shape.head_size,
+                          std::bit_cast<int32_t>(shape.scale), q_ld, out_ld, kv_shape.pages, kv_shape.page_size}};
+    const int64_t d = shape.head_size;
+    return get(key, [&](fe::graph::Graph& graph) {
+      const auto ragged = [&](Uid uid) { return kind == PlanKey::decode_dense ? nullptr : offset(graph, uid, b); };
+      const Tensor tq = rows_tensor(graph, kQ, b, shape.q_heads, max_q, d, q_ld, ragged(kOffQ));
+      const std::vector<int64_t> dims = {kv_shape.pages, shape.kv_heads, kv_shape.page_size, d};
+      const std::vector<int64_t> strides = {kv_shape.page_size * shape.kv_heads * d, d, shape.kv_heads * d, 1};
+      const Tensor tk = tensor(graph, kK, dims, strides), tv = tensor(graph, kV, dims, strides);
+      auto options = fe::graph::SDPA_attributes()
+                         .set_name("paged")
+                         .set_generate_stats(false)
+                         .set_attn_scale(shape.scale)
+                         .set_padding_mask(true)
+                         .set_seq_len_q(ints(graph, kSeqQ, {b, 1, 1, 1}))
+                         .set_seq_len_kv(ints(graph, kSeqKv, {b, 1, 1, 1}))
+                         .set_paged_attention_k_table(ints(graph, kTable, {b, 1, pages, 1}))
+                         .set_paged_attention_v_table(ints(graph, kTableV, {b, 1, pages, 1}))
+                         .set_paged_attention_max_seq_len_kv(pages * kv_shape.page_size);
+      if (kind == PlanKey::chunk)
+        options.set_diagonal_alignment(fe::DiagonalAlignment_t::BOTTOM_RIGHT).set_diagonal_band_right_bound(0);
+      auto [to, stats] = graph.sdpa(tq, tk, tv, options);
+      output(to, kO, b, shape.q_heads, max_q, d, out_ld, ragged(kOffO));
+    });
+  }
+
+  struct Strides {  // elements from row to row
+    int64_t q = 0, k = 0, v = 0, out = 0, lse = 0, dout = 0, dq = 0, dk = 0, dv = 0;
+  };
+
+  AttentionPlan& packed_plan(int b, int max_rows, bool stats, const AttentionShape& shape, const Strides& ld) {
+    const PlanKey key = {{PlanKey::packed, b, max_rows, stats, shape.q_heads, shape.kv_heads, shape.head_size,
+                          std::bit_cast<int32_t>(shape.scale), ld.q, ld.k, ld.v, ld.out, ld.lse}};
+    return get(key, [&](fe::graph::Graph& graph) {
+      const int64_t d = shape.head_size;
+      const Tensor tq = rows_tensor(graph, kQ, b, shape.q_heads, max_rows, d, ld.q, offset(graph, kOffQ, b)),
+                   tk = rows_tensor(graph, kK, b, shape.kv_heads, max_rows, d, ld.k, offset(graph, kOffK, b)),
+                   tv = rows_tensor(graph, kV, b, shape.kv_heads, max_rows, d, ld.v, offset(graph, kOffV, b));
+      auto [to, ts] = graph.sdpa(tq, tk, tv,
+                                 fe::graph::SDPA_attributes()
+                                     .set_name("packed")
+                                     .set_generate_stats(stats)
+                                     .set_attn_scale(shape.scale)
+                                     .set_padding_mask(true)
+                                     .set_seq_len_q(ints(graph, kSeqQ, {b, 1, 1, 1}))
+                                     .set_seq_len_kv(ints(graph, kSeqKv, {b, 1, 1, 1}))
+                                     .set_diagonal_alignment(fe::DiagonalAlignment_t::BOTTOM_RIGHT)
+                                     .set_diagonal_band_right_bound(0));
+      output(to, kO, b, shape.q_heads, max_rows, d, ld.out, offset(graph, kOffO, b));
+      if (stats) output_stats(ts, b, shape.q_heads, max_rows, ld.lse, offset(graph, kOffStats, b));
+    });
+  }
+
+  AttentionPlan& backward_plan(int b, int max_rows, int64_t total, const AttentionShape& shape, const Strides& ld) {
+    const PlanKey key = {{PlanKey::backward, b, max_rows, total, shape.q_heads, shape.kv_heads, shape.head_size,
+                          std::bit_cast<int32_t>(shape.scale), ld.q, ld.k, ld.v, ld.out, ld.lse, ld.dout, ld.dq, ld.dk, ld.dv}};
+    return get(key, [&](fe::graph::Graph& graph) {
+      const int64_t d = shape.head_size;
+      const int hq = shape.q_heads, hk = shape.kv_heads;
+      const auto rows = [&](Uid uid, Uid off, int heads, int64_t stride) {
+        return rows_tensor(graph, uid, b, heads, max_rows, d, stride, offset(graph, off, b));
+      };
+      const Tensor ts = graph.tensor(stats_attributes(b, hq, max_rows, ld.lse, offset(graph, kOffStats, b)));
+      auto options = fe::graph::SDPA_backward_attributes()
+                         .set_name("backward")
+                         .set_attn_scale(shape.scale)
+                         .set_padding_mask(true)
+                         .set_seq_len_q(ints(graph, kSeqQ, {b, 1, 1, 1}))
+                         .set_seq_len_kv(ints(graph, kSeqKv, {b, 1, 1, 1}))
+                         .set_max_total_seq_len_q(total)
+                         .set_max_total_seq_len_kv(total)
+                         .set_diagonal_alignment(fe::DiagonalAlignment_t::TOP_LEFT)
+                         .set_diagonal_band_right_bound(0)
+                         .set_deterministic_algorithm(deterministic_);
+      auto [tdq, tdk, tdv] = graph.sdpa_backward(rows(kQ, kOffQ, hq, ld.q), rows(kK, kOffK, hk, ld.k), rows(kV, kOffV, hk, ld.v),
+                                                 rows(kO, kOffO, hq, ld.out), rows(kDo, kOffDo, hq, ld.dout), ts, options);
+      output(tdq, kDq, b, hq, max_rows, d, ld.dq, offset(graph, kOffDq, b));
+      output(tdk, kDk, b, hk, max_rows, d, ld.dk, offset(graph, kOffDk, b));
+      output(tdv, kDv, b, hk, max_rows, d, ld.dv, offset(graph, kOffDv, b));
+    });
   }
 
   template <class Build>
@@ -373,16 +447,22 @@ class CudnnPlans final : public AttentionPlans {
     tables.kv_rows = kv_rows;
     return tables;
   }
-  // Scratch: the plan's workspace first, then the tables. Returns where `extra` int32 may go.
-  static std::byte* carve(RaggedTables& tables, Scratch& scratch, const AttentionPlan& plan, int64_t extra) {
+  // Scratch: the plan's workspace first, then the tables, then `extra` int32.
+  struct Layout {
+    size_t workspace, table, bytes;
+  };
+  static Layout layout_of(const AttentionPlan& plan, int b, int64_t extra) {
     const size_t workspace = (static_cast<size_t>(plan.workspace) + 255) / 256 * 256;
-    const size_t table = (static_cast<size_t>(tables.batch) + 1 + 63) / 64 * 64 * sizeof(int32_t);
-    std::byte* at =
-        static_cast<std::byte*>(scratch.get(workspace + table * (2 + RaggedTables::kOffsets) + static_cast<size_t>(extra) * 4)) +
-        workspace;
-    const auto take = [&] {
+    const size_t table = (static_cast<size_t>(b) + 1 + 63) / 64 * 64 * sizeof(int32_t);
+    return {workspace, table, workspace + table * (2 + RaggedTables::kOffsets) + static_cast<size_t>(extra) * sizeof(int32_t)};
+  }
+  // Returns where `extra` may go.
+  static std::byte* carve(RaggedTables& tables, Scratch& scratch, const AttentionPlan& plan, int64_t extra) {
+    const auto [workspace, table, bytes] = layout_of(plan, tables.batch, extra);
+    std::byte* at = static_cast<std::byte*>(scratch.get(bytes)) + workspace;
+    const auto take = [&, step = table] {
       int32_t* p = reinterpret_cast<int32_t*>(at);
-      at += table;
+      at += step;
       return p;
     };
     tables.q_len = take();
@@ -404,6 +484,7 @@ class CudnnPlans final : public AttentionPlans {
 
   fe::DataType_t dtype_;
   bool deterministic_;
+  OpsLimits limits_;
   cudnnHandle_t handle_ = nullptr;
   std::map<PlanKey, std::unique_ptr<AttentionPlan>> plans_;
 };

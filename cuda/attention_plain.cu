@@ -3,6 +3,8 @@
 // reference and the deterministic one.
 #include "attention_plain.h"
 
+#include <algorithm>
+
 #include "common.cuh"
 
 namespace loquetier::cuda {
@@ -350,7 +352,8 @@ void plain_attention_backward(cudaStream_t stream, DType dtype, TensorView q, Te
 }
 
 void fill_ragged_tables(cudaStream_t stream, const RaggedTables& tables) {
-  Launch launch{dim3(static_cast<unsigned>(tables.batch)), dim3(128), 0, stream};
+  const int threads = std::clamp(tables.plan_pages, 128, 1024);  // a power of two
+  Launch launch{dim3(static_cast<unsigned>(tables.batch)), dim3(static_cast<unsigned>(threads)), 0, stream};
   launch.overlap = true;
   launch(ragged_tables_kernel, tables);
 }

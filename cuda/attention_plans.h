@@ -20,6 +20,11 @@ class AttentionPlans {
   // Throws DeviceError when cuDNN is missing or older than 9.19.
   static std::unique_ptr<AttentionPlans> make(CudaDevice& device, DType dtype, bool deterministic);
 
+  // The most that calls will ask for, so that few plans serve them all; before the first call.
+  virtual void limit(const OpsLimits& limits) = 0;
+  // Builds the plans that calls within the limits will need, and reserves their scratch.
+  virtual void warm_up(Scratch& scratch, const AttentionShape& shape, const KvShape& kv_shape) = 0;
+
   // Whether cuDNN can take it (head size, alignment, page size); if not, the plain kernels do.
   virtual bool takes_paged(TensorView q, const KvLayer& kv, const KvShape& kv_shape, const AttentionShape& shape,
                            TensorView out) const = 0;

@@ -103,6 +103,7 @@ class CudaOps final : public Ops {
 
   size_t workspace_need(const OpsLimits& limits) const override { return workspace_of(limits).total(); }
   void reserve(const OpsLimits& limits) override;
+  void warm_up(const AttentionShape& shape, const KvShape& kv_shape) override;
   size_t workspace_bytes() const override;
   std::unique_ptr<StepGraph> capture(const std::function<void()>& work) override;
 

@@ -135,6 +135,7 @@ void CudaOps::reserve(const OpsLimits& limits) {
   fused_linear_->reserve(bytes.fused);
   lora_scratch_.reserve(bytes.lora);
   attention_scratch_.reserve(bytes.attention);
+  attention_plans_->limit(limits);
   sample_scratch_.reserve(bytes.sample);
   norm_scratch_.reserve(bytes.norm);
 }

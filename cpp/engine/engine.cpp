@@ -174,6 +174,7 @@ void Engine::Impl::reserve(const OpsLimits& most) {
   c.chunk_metadata.reserve(tables.chunk);
   c.results.reserve(tables.results);
   c.chunk_results.reserve(tables.chunk_results);
+  if (options.latency) c.ops->warm_up(c.model.config().attention(), c.kv.shape);  // else the steps that are first take the time
   c.pool.reserve_tables(table_slots(options), static_cast<size_t>(site_count(c.model.config())) * sizeof(LoraSite));
 }
 

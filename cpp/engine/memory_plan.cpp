@@ -119,6 +119,7 @@ OpsLimits ops_limits(const ModelConfig& config, const EngineOptions& options) {
           .vocabulary = config.vocab_size,
           .max_positions = config.max_positions,
           .q_heads = config.num_heads,
+          .kv_heads = config.num_kv_heads,
           .head_size = config.head_size,
           .rank = options.max_lora_rank};
 }

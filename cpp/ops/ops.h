@@ -230,6 +230,7 @@ struct OpsLimits {
   int64_t vocabulary = 0;
   int64_t max_positions = 0;
   int32_t q_heads = 0;
+  int32_t kv_heads = 0;
   int32_t head_size = 0;
   int32_t rank = 0;  // of one projection's adapter
 };
@@ -244,6 +245,8 @@ class Ops {
   // limits need, so that none of them does (what a library asks for beyond the estimate is allocated at its first use).
   virtual size_t workspace_need(const OpsLimits&) const { return 0; }
   virtual void reserve(const OpsLimits&) {}
+  // Makes now what steps within the reserved limits would make at their first use and wait for: attention's plans.
+  virtual void warm_up(const AttentionShape&, const KvShape&) {}
   virtual size_t workspace_bytes() const { return 0; }  // held now; grows when a block of it is exchanged for a larger one
 
   // Records what `work` calls of this interface instead of doing it. Null, and nothing was called, where that is not supported.

@@ -3,6 +3,7 @@
 //   [--dtype bf16|f16]
 // Without --model a random model is used. Bounds are those of the design for 16-bit compute: 2e-2 end to end.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
@@ -307,6 +308,43 @@ TEST(an_engine_takes_its_plan_at_start) {
   EngineOptions huge = options_for("cuda");
   huge.kv_cache_tokens = int64_t{1} << 40;
   CHECK_THROWS(OutOfMemory, "kv_cache_tokens", Engine(model(), huge));
+}
+
+// With a latency target the plans are built and their scratch is taken at start; without one, by the first steps.
+TEST(with_a_latency_target_steps_find_their_plans) {
+  for (const bool target : {true, false}) {
+    EngineOptions options = options_for("cuda");
+    options.max_train_tokens = 512;
+    options.slice_rows = 512;
+    if (target) options.latency = LatencyTarget{};
+    const auto seconds_since = [](std::chrono::steady_clock::time_point begin) {
+      return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    };
+    const auto begin = std::chrono::steady_clock::now();
+    Engine engine(model(), options);
+    const double start = seconds_since(begin);
+    const int64_t held = engine.stats().workspace_bytes;
+    engine.add_adapter("a", lora(8, 1));
+    TrainOptions train;
+    train.optimizer = AdamW{};
+    std::mt19937 random(1);
+    InferOptions infer;
+    infer.adapter = "a";
+    double longest = 0;
+    for (const int n : {1, 3, 20}) {  // of more than one size: the same plans
+      engine.submit_train("a", examples(3, n, 20), train);
+      for (int i = 0; i < n; ++i) engine.submit_infer(tokens(random, 5 + i), infer);
+      while (engine.has_work()) {
+        const auto step = std::chrono::steady_clock::now();
+        engine.step();
+        longest = std::max(longest, seconds_since(step));
+      }
+    }
+    if (target) CHECK_EQ(engine.stats().workspace_bytes, held);
+    std::printf("  %s a target: start %.2f s, longest step %.0f ms, workspace %lld at start, %lld at the end\n",
+                target ? "with" : "without", start, longest * 1e3, static_cast<long long>(held),
+                static_cast<long long>(engine.stats().workspace_bytes));
+  }
 }
 
 TEST(deterministic_sampled_logprob_equals_evaluated_bit_for_bit) {
