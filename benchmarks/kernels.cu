@@ -1,7 +1,7 @@
-// LoRA kernels of the CUDA backend beside the base products of one layer of an 8B Llama shape (H 4096, F 14336, 32 query and 8 key
-// heads of 128).
+// Attention of decodes beside cuDNN's, and LoRA kernels of the CUDA backend beside the base products of one layer of an 8B Llama
+// shape (H 4096, F 14336, 32 query and 8 key heads of 128).
 //   kernels [rank]                 prints tables and, as its last line, JSON
-//   kernels attention              those of decodes' attention alone
+//   kernels attention              the first of them alone
 //   kernels rank rows[+decodes] ...  the products at these numbers of rows, and a layer with one adapter; the decodes have eight
 // Method: CUDA graphs of several layers with weights of their own (so the L2 is cold), one without and one with adapters, replayed
 // in turn; the LoRA figure is the difference of the medians. Ceilings (copy bandwidth, a large product) are measured in the same

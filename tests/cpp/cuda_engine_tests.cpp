@@ -304,7 +304,7 @@ TEST(an_engine_takes_its_plan_at_start) {
   drain(engine);
   std::printf("  workspace planned %lld, held %lld bytes\n", static_cast<long long>(plan.workspace_bytes),
               static_cast<long long>(engine.stats().workspace_bytes));
-  CHECK(engine.stats().workspace_bytes <= plan.workspace_bytes * 2);
+  CHECK_EQ(engine.stats().workspace_bytes, plan.workspace_bytes);
   EngineOptions huge = options_for("cuda");
   huge.kv_cache_tokens = int64_t{1} << 40;
   CHECK_THROWS(OutOfMemory, "kv_cache_tokens", Engine(model(), huge));
