@@ -58,6 +58,32 @@ __global__ void norm_kernel(const AdamTensor* tensors, int count, int64_t chunk,
   if (threadIdx.x == 0) norm[blockIdx.x] = static_cast<float>(sqrt(sum));
 }
 
+// Elements [begin, end) of a tensor, N at once.
+template <class T, int N>
+__device__ void update(const AdamTensor& tensor, const AdamJob& job, float clip, int64_t begin, int64_t end) {
+  const float decay = 1.0f - tensor.lr * job.weight_decay, step = tensor.lr / job.bias_correction1,
+              root2 = sqrtf(job.bias_correction2);
+  for (int64_t i = begin + threadIdx.x * N; i < end; i += kThreads * N) {
+    const Pack<float, N> grad = load_pack<float, N>(tensor.grad + i);
+    Pack<float, N> m = load_pack<float, N>(tensor.m + i), v = load_pack<float, N>(tensor.v + i),
+                   w = load_pack<float, N>(tensor.master + i), zero;
+    Pack<T, N> weight;
+    for (int j = 0; j < N; ++j) {
+      const float g = grad.v[j] * clip;
+      m.v[j] = m.v[j] + (1.0f - job.beta1) * (g - m.v[j]);
+      v.v[j] = job.beta2 * v.v[j] + (1.0f - job.beta2) * g * g;
+      w.v[j] = w.v[j] * decay - step * m.v[j] / (sqrtf(v.v[j]) / root2 + job.eps);
+      weight.v[j] = from_float<T>(w.v[j]);
+      zero.v[j] = 0;
+    }
+    store_pack<float, N>(tensor.m + i, m);
+    store_pack<float, N>(tensor.v + i, v);
+    store_pack<float, N>(tensor.master + i, w);
+    store_pack<float, N>(tensor.grad + i, zero);
+    store_pack<T, N>(static_cast<T*>(tensor.weight) + i, weight);
+  }
+}
+
 template <class T>
 __global__ void adamw_kernel(const AdamTensor* tensors, int count, int64_t chunk, const AdamJob* jobs, const float* norm) {
   Chunk place;
@@ -70,20 +96,13 @@ __global__ void adamw_kernel(const AdamTensor* tensors, int count, int64_t chunk
     return;
   }
   const float clip = job.max_grad_norm > 0 ? fminf(1.0f, job.max_grad_norm / (total + 1e-6f)) : 1.0f;
-  const float decay = 1.0f - tensor.lr * job.weight_decay, step = tensor.lr / job.bias_correction1,
-              root2 = sqrtf(job.bias_correction2);
-  T* weight = static_cast<T*>(tensor.weight);
-  for (int64_t i = place.begin + threadIdx.x; i < place.end; i += kThreads) {
-    const float g = tensor.grad[i] * clip;
-    const float m = tensor.m[i] + (1.0f - job.beta1) * (g - tensor.m[i]);
-    const float v = job.beta2 * tensor.v[i] + (1.0f - job.beta2) * g * g;
-    const float w = tensor.master[i] * decay - step * m / (sqrtf(v) / root2 + job.eps);
-    tensor.m[i] = m;
-    tensor.v[i] = v;
-    tensor.master[i] = w;
-    tensor.grad[i] = 0;
-    weight[i] = from_float<T>(w);
-  }
+  uint64_t misplaced = static_cast<uint64_t>(place.begin | place.end) % 4;
+  for (const void* p :
+       {static_cast<const void*>(tensor.grad), static_cast<const void*>(tensor.m), static_cast<const void*>(tensor.v),
+        static_cast<const void*>(tensor.master), static_cast<const void*>(tensor.weight)})
+    misplaced |= reinterpret_cast<uintptr_t>(p) % 16;
+  if (misplaced == 0) update<T, 4>(tensor, job, clip, place.begin, place.end);
+  else update<T, 1>(tensor, job, clip, place.begin, place.end);
 }
 
 struct Chunks {

@@ -110,7 +110,6 @@ class CudaOps final : public Ops {
   void embedding(const int32_t* ids, TensorView table, TensorView y) override;
   void gather_rows(TensorView x, const int32_t* index, TensorView y) override;
   void scatter_add_rows(TensorView x, const int32_t* index, TensorView y) override;
-  void add(TensorView x, TensorView y) override;
   void convert(TensorView src, TensorView dst) override;
 
   void linear(TensorView x, TensorView w, TensorView bias, TensorView y) override;
@@ -142,6 +141,7 @@ class CudaOps final : public Ops {
   void rms_norm(TensorView x, TensorView w, float eps, TensorView y) override;
   void add_rms_norm(TensorView x, TensorView delta, TensorView w, float eps, TensorView sum, TensorView y) override;
   void rms_norm_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx) override;
+  void rms_norm_and_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx, TensorView y) override;
 
   void rope_table(const int32_t* positions, const float* inv_freq, float attention_factor, TensorView cos_sin) override;
   void rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
@@ -173,6 +173,7 @@ class CudaOps final : public Ops {
 
  private:
   // y: the forward's output too, or without data.
+  void rms_norm_backward_onto(const char* op, TensorView x, TensorView w, float eps, TensorView dy, TensorView dx, TensorView y);
   void swiglu_backward_onto(const char* op, TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y);
   // False: no group has a rank here, nothing was launched.
   bool shrink_on(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s);

@@ -1,4 +1,4 @@
-// Row moves, sums, conversion and SwiGLU. All are bandwidth-bound: a thread moves 16 bytes where rows allow it, one element
+// Row moves, conversion and SwiGLU. All are bandwidth-bound: a thread moves 16 bytes where rows allow it, one element
 // otherwise.
 #include "common.cuh"
 #include "cuda_ops.h"
@@ -35,12 +35,12 @@ __global__ void gather_kernel(const T* x, int64_t ld_x, const int32_t* index, T*
   store_pack<T, N>(y + row * ld_y + col, load_pack<T, N>(x + index[row] * ld_x + col));
 }
 
-// y[index[i]] += x[i]; without an index y[i] += x[i]
+// y[index[i]] += x[i]
 template <class T, int N>
-__global__ void add_kernel(const T* x, int64_t ld_x, const int32_t* index, T* y, int64_t ld_y, int64_t rows, int64_t cols) {
+__global__ void scatter_add_kernel(const T* x, int64_t ld_x, const int32_t* index, T* y, int64_t ld_y, int64_t rows, int64_t cols) {
   int64_t row, col;
   if (!place<N>(rows, cols, row, col)) return;
-  T* out = y + (index != nullptr ? index[row] : row) * ld_y + col;
+  T* out = y + index[row] * ld_y + col;
   const Pack<T, N> a = load_pack<T, N>(x + row * ld_x + col);
   Pack<T, N> b = load_pack<T, N>(out);
   for (int i = 0; i < N; ++i) b.v[i] = from_float<T>(to_float(a.v[i]) + to_float(b.v[i]));
@@ -119,22 +119,9 @@ void CudaOps::scatter_add_rows(TensorView x, const int32_t* index, TensorView y)
   device_.use();
   dispatch_half(dtype_, [&]<class T>() {
     const bool vectors = rows_of_vectors(x) && rows_of_vectors(y);
-    over(x.rows, vectors ? x.cols / 8 : x.cols, stream())(vectors ? add_kernel<T, 8> : add_kernel<T, 1>,
+    over(x.rows, vectors ? x.cols / 8 : x.cols, stream())(vectors ? scatter_add_kernel<T, 8> : scatter_add_kernel<T, 1>,
                                                           static_cast<const T*>(x.data), x.ld, index, static_cast<T*>(y.data), y.ld,
                                                           x.rows, x.cols);
-  });
-}
-
-void CudaOps::add(TensorView x, TensorView y) {
-  expect("add", "x", x, dtype_, -1, -1);
-  expect("add", "y", y, dtype_, x.rows, x.cols);
-  if (x.size() == 0) return;
-  device_.use();
-  dispatch_half(dtype_, [&]<class T>() {
-    const bool vectors = rows_of_vectors(x) && rows_of_vectors(y);
-    over(x.rows, vectors ? x.cols / 8 : x.cols, stream())(vectors ? add_kernel<T, 8> : add_kernel<T, 1>,
-                                                          static_cast<const T*>(x.data), x.ld, nullptr, static_cast<T*>(y.data),
-                                                          y.ld, x.rows, x.cols);
   });
 }
 

@@ -283,10 +283,9 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
 constexpr int kSumRows = 16;
 
 template <class T>
-__global__ void __launch_bounds__(kLoraThreads) finish_sum_kernel(const __grid_constant__ WideArgs a, int ld_share) {
-  const Tile tile = find_tile(a.call, kSumRows, static_cast<int>(blockIdx.x));
+__device__ void finish_sum(const WideArgs& a, int ld_share, int block, LoraSite& site) {
+  const Tile tile = find_tile(a.call, kSumRows, block);
   if (tile.group < 0) return;
-  __shared__ LoraSite site;
   fetch_site(tile.sites + a.call.site, site);
   __syncthreads();
   int index = 0, s_column = 0;
@@ -310,14 +309,15 @@ __global__ void __launch_bounds__(kLoraThreads) finish_sum_kernel(const __grid_c
   }
 }
 
-// Gradient += scale times the sum of the ranges' gradients, of groups with more than one range. grid.y: the group.
-__global__ void __launch_bounds__(kLoraThreads) finish_grad_kernel(const __grid_constant__ WideArgs a) {
-  const LoraGroup& group = a.call.groups[blockIdx.y];
+// Gradient += scale times the sum of the ranges' gradients, of groups with more than one range. A block takes 1024 floats of one.
+constexpr int kGradFloats = kLoraThreads * 4;
+
+__device__ inline void finish_grad(const WideArgs& a, int index, int block, LoraSite& site) {
+  const LoraGroup& group = a.call.groups[index];
   if (group.sites == nullptr || group.grads == nullptr || group.rows <= a.range || (a.for_a && group.dropout > 0)) return;
-  __shared__ LoraSite site;
   fetch_site(group.sites + a.call.site, site);
   int first = 0;  // range of this group, as find_tile() counts them
-  for (int g = static_cast<int>(threadIdx.x) % kWarp; g < static_cast<int>(blockIdx.y); g += kWarp) {
+  for (int g = static_cast<int>(threadIdx.x) % kWarp; g < index; g += kWarp) {
     const LoraGroup& before = a.call.groups[g];
     if (before.sites != nullptr) first += (before.rows + a.range - 1) / a.range;
   }
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kLoraThreads) finish_grad_kernel(const __grid_
   __syncthreads();
   const int ranges = (group.rows + a.range - 1) / a.range;
   const LoraGradSite& grads = group.grads[a.call.site];
-  const int64_t begin = (blockIdx.x * int64_t{kLoraThreads} + threadIdx.x) * 4;  // of four elements, all of one part
+  const int64_t begin = block * int64_t{kGradFloats} + threadIdx.x * 4;  // of four elements, all of one part
   int64_t e = begin;
   for (int part = 0; part < a.call.parts; ++part) {
     const int64_t size = (a.for_a ? a.call.in : a.call.out[part]) * site.part[part].rank;
@@ -348,6 +348,16 @@ __global__ void __launch_bounds__(kLoraThreads) finish_grad_kernel(const __grid_
     to[e + 3] += scale * total.w;
     return;
   }
+}
+
+// What a pass over many rows leaves to be added up, in one launch: `sums` blocks for ds, then `blocks` for each group's gradients.
+template <class T>
+__global__ void __launch_bounds__(kLoraThreads)
+    finish_kernel(const __grid_constant__ WideArgs a, int ld_share, int sums, int blocks) {
+  __shared__ LoraSite site;
+  const int block = static_cast<int>(blockIdx.x) - sums;
+  if (block < 0) finish_sum<T>(a, ld_share, static_cast<int>(blockIdx.x), site);
+  else finish_grad(a, block / blocks, block % blocks, site);
 }
 
 // How a pass goes over the rows of all groups.
@@ -400,10 +410,11 @@ void launch_wide(const WideArgs& args, int64_t blocks, int64_t ranges, int rank,
          where}(wide_kernel<T, NR, kSum>, args);
 }
 
-void finish_grads(const WideArgs& args, const Ranges& ranges, cudaStream_t stream) {
-  if (ranges.bytes == 0) return;
-  Launch{dim3(static_cast<unsigned>(ceil_div(args.slot, kLoraThreads * 4)), static_cast<unsigned>(args.call.count)),
-         dim3(kLoraThreads), 0, stream}(finish_grad_kernel, args);
+template <class T>
+void finish(const WideArgs& args, const Ranges& ranges, int64_t sums, int ld_share, cudaStream_t stream) {
+  const int64_t blocks = ranges.bytes > 0 ? ceil_div(args.slot, kGradFloats) : 0;
+  Launch{dim3(static_cast<unsigned>(sums + blocks * args.call.count)), dim3(kLoraThreads), 0, stream}(
+      finish_kernel<T>, args, ld_share, static_cast<int>(sums), static_cast<int>(blocks));
 }
 
 int ranks_at_once(int rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : rank <= 48 ? 48 : rank <= 64 ? 64 : kGradRanks; }
@@ -439,12 +450,8 @@ bool CudaOps::wide_sum(const LoraLinear& linear, const LoraGroups& groups, const
     else if (width == 32) go.template operator()<32>();
     else if (width == 48) go.template operator()<48>();
     else go.template operator()<64>();
-    if (shared_parts) {
-      Launch{dim3(static_cast<unsigned>(count_tiles(groups, kSumRows).tiles)), dim3(kLoraThreads), 0, stream()}(
-          finish_sum_kernel<T>, args, width);
-    }
+    finish<T>(args, ranges, shared_parts ? count_tiles(groups, kSumRows).tiles : 0, width, stream());
   });
-  finish_grads(args, ranges, stream());
   return true;
 }
 
@@ -469,8 +476,8 @@ void CudaOps::wide_gradient(Gradient of, const LoraLinear& linear, const LoraGro
     else if (width == 48) go.template operator()<48>();
     else if (width == 64) go.template operator()<64>();
     else go.template operator()<kGradRanks>();
+    finish<T>(args, ranges, 0, 0, stream());
   });
-  finish_grads(args, ranges, stream());
 }
 
 }  // namespace loquetier::cuda

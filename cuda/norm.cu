@@ -43,10 +43,11 @@ __global__ void norm_kernel(const T* x, int64_t ld_x, const T* delta, int64_t ld
   }
 }
 
-// With r = rsqrt(mean(x^2) + eps) and g = dy * w:  dx += r g - x r^3 mean(g x)
+// With r = rsqrt(mean(x^2) + eps) and g = dy * w:  dx += r g - x r^3 mean(g x). y: the forward's output too, bit for bit, or null;
+// it may be dy: in the second pass a thread reads its elements before it writes them.
 template <class T, int N>
 __global__ void norm_backward_kernel(const T* x, int64_t ld_x, const T* w, float eps, const T* dy, int64_t ld_dy, T* dx,
-                                     int64_t ld_dx, int64_t cols) {
+                                     int64_t ld_dx, T* y, int64_t ld_y, int64_t cols) {
   __shared__ float shared[8];
   let_next_start();
   wait_for_previous();
@@ -69,6 +70,9 @@ __global__ void norm_backward_kernel(const T* x, int64_t ld_x, const T* w, float
       out.v[i] = from_float<T>(to_float(out.v[i]) + r * to_float(d.v[i]) * to_float(g.v[i]) - coefficient * to_float(a.v[i]));
     }
     store_pack<T, N>(dx + row * ld_dx + c, out);
+    if (y == nullptr) continue;
+    for (int i = 0; i < N; ++i) out.v[i] = from_float<T>(to_float(a.v[i]) * r * to_float(g.v[i]));
+    store_pack<T, N>(y + row * ld_y + c, out);
   }
 }
 
@@ -111,17 +115,29 @@ void CudaOps::add_rms_norm(TensorView x, TensorView delta, TensorView w, float e
 }
 
 void CudaOps::rms_norm_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx) {
-  expect("rms_norm_backward", "x", x, dtype_, -1, -1);
-  expect_vector("rms_norm_backward", "w", w, dtype_, x.cols);
-  expect("rms_norm_backward", "dy", dy, dtype_, x.rows, x.cols);
-  expect("rms_norm_backward", "dx", dx, dtype_, x.rows, x.cols);
+  rms_norm_backward_onto("rms_norm_backward", x, w, eps, dy, dx, {});
+}
+
+void CudaOps::rms_norm_and_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx, TensorView y) {
+  expect("rms_norm_and_backward", "y", y, dtype_, x.rows, x.cols);
+  rms_norm_backward_onto("rms_norm_and_backward", x, w, eps, dy, dx, y);
+}
+
+void CudaOps::rms_norm_backward_onto(const char* op, TensorView x, TensorView w, float eps, TensorView dy, TensorView dx,
+                                     TensorView y) {
+  expect(op, "x", x, dtype_, -1, -1);
+  expect_vector(op, "w", w, dtype_, x.cols);
+  expect(op, "dy", dy, dtype_, x.rows, x.cols);
+  expect(op, "dx", dx, dtype_, x.rows, x.cols);
   if (x.size() == 0) return;
   device_.use();
   dispatch_half(dtype_, [&]<class T>() {
-    const bool vectors = rows_of_vectors(x) && rows_of_vectors(dy) && rows_of_vectors(dx) && aligned16(w.data);
+    const bool vectors =
+        rows_of_vectors(x) && rows_of_vectors(dy) && rows_of_vectors(dx) && rows_of_vectors(y) && aligned16(w.data);
     const Launch launch = row_launch(x.rows, vectors ? x.cols / 8 : x.cols, stream());
     launch(vectors ? norm_backward_kernel<T, 8> : norm_backward_kernel<T, 1>, static_cast<const T*>(x.data), x.ld,
-           static_cast<const T*>(w.data), eps, static_cast<const T*>(dy.data), dy.ld, static_cast<T*>(dx.data), dx.ld, x.cols);
+           static_cast<const T*>(w.data), eps, static_cast<const T*>(dy.data), dy.ld, static_cast<T*>(dx.data), dx.ld,
+           static_cast<T*>(y.data), y.ld, x.cols);
   });
 }
 

@@ -46,7 +46,6 @@ class CpuOps : public Ops {
   void embedding(const int32_t* ids, TensorView table, TensorView y) override;
   void gather_rows(TensorView x, const int32_t* index, TensorView y) override;
   void scatter_add_rows(TensorView x, const int32_t* index, TensorView y) override;
-  void add(TensorView x, TensorView y) override;
   void convert(TensorView src, TensorView dst) override;
 
   void linear(TensorView x, TensorView w, TensorView bias, TensorView y) override;
@@ -64,6 +63,7 @@ class CpuOps : public Ops {
   void rms_norm(TensorView x, TensorView w, float eps, TensorView y) override;
   void add_rms_norm(TensorView x, TensorView delta, TensorView w, float eps, TensorView sum, TensorView y) override;
   void rms_norm_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx) override;
+  void rms_norm_and_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx, TensorView y) override;
 
   void rope_table(const int32_t* positions, const float* inv_freq, float attention_factor, TensorView cos_sin) override;
   void rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
@@ -134,6 +134,7 @@ class CpuOps : public Ops {
   template <class KeyRows>
   void run_attention(const TensorView& q, const AttentionShape& shape, const TensorView& out, const TensorView& lse,
                      KeyRows key_rows);
+  void rms_norm_backward_onto(const char* op, TensorView x, TensorView w, float eps, TensorView dy, TensorView dx, TensorView y);
   void list_chunks(const char* op, const AdamBatch& batch);
 
   CpuDevice device_;

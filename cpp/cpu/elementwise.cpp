@@ -1,4 +1,4 @@
-// Row operations: embedding, gather, scatter, add, convert, norms, swiglu.
+// Row operations: embedding, gather, scatter, convert, norms, swiglu.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -87,15 +87,6 @@ void CpuOps::scatter_add_rows(TensorView x, const int32_t* index, TensorView y) 
     kernels_.axpy(1.0f, static_cast<const float*>(x.at(t)), static_cast<float*>(y.at(index[t])), x.cols);
 }
 
-void CpuOps::add(TensorView x, TensorView y) {
-  check_matrix("add", "x", x, -1, -1);
-  check_matrix("add", "y", y, x.rows, x.cols);
-  parallel_rows(x.rows, x.cols, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
-      kernels_.axpy(1.0f, static_cast<const float*>(x.at(t)), static_cast<float*>(y.at(t)), x.cols);
-  });
-}
-
 void CpuOps::convert(TensorView src, TensorView dst) {
   for (const TensorView& view : {src, dst})
     require(is_float(view.dtype), "[convert] dtype: expected f32, f16 or bf16, got ", name_of(view.dtype));
@@ -149,12 +140,22 @@ void CpuOps::add_rms_norm(TensorView x, TensorView delta, TensorView w, float ep
   });
 }
 
-// With r = rsqrt(mean(x^2) + eps) and g = w dy: dx += r g - x r^3 mean(g x).
 void CpuOps::rms_norm_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx) {
-  check_matrix("rms_norm_backward", "x", x, -1, -1);
-  check_vector("rms_norm_backward", "w", w, x.cols);
-  check_matrix("rms_norm_backward", "dy", dy, x.rows, x.cols);
-  check_matrix("rms_norm_backward", "dx", dx, x.rows, x.cols);
+  rms_norm_backward_onto("rms_norm_backward", x, w, eps, dy, dx, {});
+}
+
+void CpuOps::rms_norm_and_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx, TensorView y) {
+  check_matrix("rms_norm_and_backward", "y", y, x.rows, x.cols);
+  rms_norm_backward_onto("rms_norm_and_backward", x, w, eps, dy, dx, y);
+}
+
+// With r = rsqrt(mean(x^2) + eps) and g = w dy: dx += r g - x r^3 mean(g x). y: the forward's output too, or without data.
+void CpuOps::rms_norm_backward_onto(const char* op, TensorView x, TensorView w, float eps, TensorView dy, TensorView dx,
+                                    TensorView y) {
+  check_matrix(op, "x", x, -1, -1);
+  check_vector(op, "w", w, x.cols);
+  check_matrix(op, "dy", dy, x.rows, x.cols);
+  check_matrix(op, "dx", dx, x.rows, x.cols);
   const float* ws = w.as<float>();
   parallel_rows(x.rows, x.cols, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -163,6 +164,7 @@ void CpuOps::rms_norm_backward(TensorView x, TensorView w, float eps, TensorView
       const float r = inverse_rms(kernels_, xs, x.cols, eps);
       const double mean = kernels_.dot3_double(xs, ws, dys, x.cols) / static_cast<double>(x.cols);
       kernels_.norm_backward(r, ws, dys, static_cast<float>(mean * r * r * r), xs, static_cast<float*>(dx.at(t)), x.cols);
+      if (y.data) kernels_.scale_by(r, xs, ws, static_cast<float*>(y.at(t)), x.cols);
     }
   });
 }

@@ -149,7 +149,7 @@ struct Engine::Impl {
   void forget_if_unused(const AdapterPtr& adapter);
   void run(const Plan& plan);
   WeightTableOfStep weights_of(const Plan& plan);
-  void reserve_step(const Plan& plan, const BatchView& view);
+  void reserve_step(const Plan& plan, const StepBatch& batch);
   void run_forward(const Plan& plan, const StepBatch& batch);
   void update(const StepBatch& batch);
   void prefetch();

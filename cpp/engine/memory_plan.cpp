@@ -49,16 +49,19 @@ size_t tables_bytes(const ModelConfig& config, const EngineOptions& options, int
 int64_t slack_of(const EngineOptions& options) { return slack_rows_for(options.max_batch_tokens, options.max_sequences); }
 
 // Scratch of steps with training rows, whatever the ranks: of those saved, and of those beside.
-size_t train_scratch_bytes(const ModelConfig& config, const EngineOptions& options, DType dtype) {
+size_t train_scratch_bytes(const ModelConfig& config, const EngineOptions& options, const MemoryFacts& facts) {
+  const DType dtype = facts.dtype;
   const int64_t train = train_tokens(options), columns = stacked_rank(options);
+  const int64_t heads = head_chunk(options, facts.host_addressable);
   const Recompute recompute = recompute_of(options);
   if (train == 0) return 0;
-  if (!trains_in_pieces(options)) return Model::scratch_bytes(config, dtype, train, train, train, columns, recompute);
+  if (!trains_in_pieces(options))
+    return Model::scratch_bytes(config, dtype, train, train, std::min(train, heads), columns, recompute);
   const int64_t rows = std::min(train + slack_of(options), options.max_batch_tokens);
   size_t bytes = 0;
   for (const int64_t saved_rank : {int64_t{0}, columns}) {
     const SliceShape shape = {.chunked = true, .block_rows = train, .saved_rank = saved_rank};
-    bytes = std::max(bytes, Model::scratch_bytes(config, dtype, rows, train, rows, columns, recompute, shape));
+    bytes = std::max(bytes, Model::scratch_bytes(config, dtype, rows, train, std::min(rows, heads), columns, recompute, shape));
   }
   return bytes;
 }
@@ -101,6 +104,10 @@ int64_t train_tokens(const EngineOptions& options) {
 }
 
 bool trains_in_pieces(const EngineOptions& options) { return options.slice_rows > 0 || options.latency.has_value(); }
+
+int64_t head_chunk(const EngineOptions& options, bool host_addressable) {
+  return host_addressable || trains_in_pieces(options) ? kHeadSlice : kHeadChunk;
+}
 
 // One more than the largest rank: what graph_rank() may add.
 int64_t stacked_rank(const EngineOptions& options) { return int64_t{kMaxParts} * (options.max_lora_rank + 1); }
@@ -149,8 +156,9 @@ MemoryPlan plan_memory(const ModelConfig& config, const EngineOptions& options, 
   plan.budget_bytes = static_cast<int64_t>(options.memory_fraction * static_cast<double>(facts.free_bytes));
   plan.max_train_tokens = train;
   plan.weight_bytes = facts.weights_placed ? 0 : size(weight_bytes(config, facts.dtype));
-  plan.scratch_bytes = size(std::max(Model::scratch_bytes(config, facts.dtype, rows, 0, rows, columns, recompute),
-                                     train_scratch_bytes(config, options, facts.dtype)));
+  const int64_t heads = std::min(rows, head_chunk(options, facts.host_addressable));
+  plan.scratch_bytes = size(std::max(Model::scratch_bytes(config, facts.dtype, rows, 0, heads, columns, recompute),
+                                     train_scratch_bytes(config, options, facts)));
   plan.saved_bytes = size(train_saved_bytes(config, options, facts.dtype));
   plan.workspace_bytes = size(facts.workspace_bytes);
   const AdapterLayout adapter = layout_of_rank(config, rank);

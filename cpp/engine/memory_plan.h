@@ -29,8 +29,11 @@ struct MemoryFacts {
 
 int64_t train_tokens(const EngineOptions& options);   // rows of a step with training rows, or in pieces of a micro-batch
 bool trains_in_pieces(const EngineOptions& options);  // slice_rows > 0: as asked, or from the device's speed
-int64_t stacked_rank(const EngineOptions& options);   // columns of S that a step may need
-size_t table_slots(const EngineOptions& options);     // adapters whose site tables have room from the start
+// Head rows of one vocabulary product with a loss: a slice's where training comes in pieces, and on the host, whose products are
+// no faster with more.
+int64_t head_chunk(const EngineOptions& options, bool host_addressable);
+int64_t stacked_rank(const EngineOptions& options);  // columns of S that a step may need
+size_t table_slots(const EngineOptions& options);    // adapters whose site tables have room from the start
 OpsLimits ops_limits(const ModelConfig& config, const EngineOptions& options);
 size_t weight_bytes(const ModelConfig& config, DType dtype);  // as a device backend places them
 Recompute recompute_of(const EngineOptions& options);

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "engine/impl.h"
+#include "engine/memory_plan.h"
 
 namespace loquetier {
 
@@ -215,9 +216,10 @@ void Engine::Impl::run(const Plan& plan) {
   note_rows(plan, budget.now);
   const int32_t graph_rows =
       c.graphs.enabled() ? static_cast<int32_t>(std::min<int64_t>(kMostDecodeRows, options.max_batch_tokens)) : 0;
+  const auto head_rows = static_cast<int32_t>(head_chunk(options, c.ops->device().host_addressable()));
   const StepContext context{
       c.model.config(),      c.planner, c.adapters, c.requests, c.jobs, weights, options.page_size, c.micro ? &*c.micro : nullptr,
-      options.max_lora_rank, graph_rows};
+      options.max_lora_rank, head_rows, graph_rows};
   // A chunk that runs layer by layer has a batch of its own.
   Plan beside;
   const bool apart = plan.forward_slices > 0 && !plan.resumes;
@@ -225,7 +227,7 @@ void Engine::Impl::run(const Plan& plan) {
   const Plan& batch_plan = apart ? beside : plan;
   StepBatch batch = build_step(batch_plan, context, c.metadata, c.results);
   mark("planned");
-  reserve_step(plan, batch.view);
+  reserve_step(plan, batch);
   if (c.micro && plan.backward_slices > 0) refresh_micro_batch(*c.micro, c.micro_metadata);
   c.metadata.upload();
   mark("uploaded");
@@ -252,11 +254,12 @@ void Engine::Impl::run(const Plan& plan) {
 }
 
 // Memory of the step: what its batch, the slices behind it, and a micro-batch that begins need.
-void Engine::Impl::reserve_step(const Plan& plan, const BatchView& view) {
+void Engine::Impl::reserve_step(const Plan& plan, const StepBatch& batch) {
   Core& c = *core;
+  const BatchView& view = batch.view;
   Device& device = c.ops->device();
   const SliceShape shape = slice_shape();
-  size_t scratch = c.model.scratch_bytes(view.rows, view.train_rows, view.head_count, view.groups.max_rank, recompute, shape);
+  size_t scratch = c.model.scratch_bytes(view.rows, view.train_rows, batch.largest_chunk, view.groups.max_rank, recompute, shape);
   if (c.micro) {
     const int64_t rank = plan.micro_batch.empty() ? c.micro->saved.rank : std::max(c.micro->rank, view.groups.max_rank);
     scratch = std::max(scratch, c.model.scratch_bytes(0, c.micro->view.train_rows, 0, rank, recompute, shape));

@@ -400,11 +400,13 @@ class Builder {
     const auto forbidden = in.put(sampling_.forbidden.data(), sampling_.forbidden.size());
 
     auto add_chunks = [&](HeadKind kind, int32_t begin, int32_t count) {
-      for (int32_t done = 0; done < count; done += static_cast<int32_t>(kHeadChunk)) {
+      const int32_t most = kind == HeadKind::sample ? kHeadSlice : context_.head_chunk;  // sampling has scratch for so many rows
+      for (int32_t done = 0; done < count; done += most) {
         HeadChunk chunk;
         chunk.kind = kind;
         chunk.begin = begin + done;
-        chunk.rows = std::min(count - done, static_cast<int32_t>(kHeadChunk));
+        chunk.rows = std::min(count - done, most);
+        step_.largest_chunk = std::max<int64_t>(step_.largest_chunk, chunk.rows);
         auto segment_of = [&](size_t i) -> const Segment& {
           return plan_.segments[static_cast<size_t>(heads_.refs[static_cast<size_t>(chunk.begin) + i].segment)];
         };
@@ -469,7 +471,7 @@ class Builder {
 }  // namespace
 
 size_t metadata_bytes(const BatchCounts& n) {
-  const size_t chunks = n.heads / static_cast<size_t>(kHeadChunk) + 4;
+  const size_t chunks = n.heads / static_cast<size_t>(kHeadSlice) + 4;
   size_t bytes = n.rows * (3 * sizeof(int32_t) + sizeof(uint64_t));
   bytes += n.segments * (16 * sizeof(int32_t) + 3 * sizeof(LoraGroup)) + n.paged * n.pages * sizeof(int32_t);
   bytes += (n.segments + chunks) * sizeof(LoraGroup) + n.samples * sizeof(SampleRow);

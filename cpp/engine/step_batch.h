@@ -31,6 +31,7 @@ struct StepContext {
   int32_t page_size = 0;
   const MicroBatch* micro = nullptr;  // of training segments
   int32_t max_rank = 0;               // of one projection
+  int32_t head_chunk = kHeadSlice;    // rows of a vocabulary product with a loss
   int32_t most_graph_rows = 0;        // steps of decodes alone up to this bucket are laid out for a graph; 0: none
 };
 
@@ -44,6 +45,7 @@ struct StepBatch {
   BatchView view;
   std::optional<DecodeShape> decode;  // the layout, when it is by buckets
   std::vector<HeadRef> heads;         // [view.head_count]
+  int64_t largest_chunk = 0;          // rows of the largest of view.chunks
   int32_t sample_begin = 0;           // first head row that samples
   std::vector<int64_t> update_jobs;   // jobs of plan.completed_jobs that end with an optimizer step, in order
   AdamBatch updates;                  // one AdamJob per entry of update_jobs

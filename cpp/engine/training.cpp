@@ -97,7 +97,7 @@ void Engine::Impl::run_forward_slices(const Plan& plan, const StepContext& conte
   StepBatch batch = build_step(chunk.plan, context, c.chunk_metadata, c.chunk_results);
   const BatchView& view = batch.view;
   const size_t bytes =
-      c.model.scratch_bytes(view.rows, view.train_rows, view.head_count, view.groups.max_rank, recompute, slice_shape());
+      c.model.scratch_bytes(view.rows, view.train_rows, batch.largest_chunk, view.groups.max_rank, recompute, slice_shape());
   if (c.scratch_storage.bytes() < bytes) {
     c.ops->device().synchronize();  // work under way may still use the old block
     ensure(c.scratch_storage, c.ops->device(), bytes);

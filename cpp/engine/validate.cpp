@@ -11,8 +11,10 @@ namespace {
 constexpr int32_t kIgnoreLabel = -100;
 constexpr int kMaxTopLogprobs = 20;
 
-void check_token(int32_t id, int64_t vocab_size, const std::string& where) {
-  require(id >= 0 && id < vocab_size, where, ": expected a token id in 0..", vocab_size - 1, ", got ", id);
+// `where`, the message's beginning, comes in parts: one string a token would take longer than everything else here.
+template <class... Where>
+void check_token(int32_t id, int64_t vocab_size, const Where&... where) {
+  require(id >= 0 && id < vocab_size, where..., ": expected a token id in 0..", vocab_size - 1, ", got ", id);
 }
 
 void check_finite_at_least(const char* field, double value, double low, const char* what) {
@@ -53,10 +55,10 @@ PreparedExample prepare(const Example& example, const std::string& where, const 
   prepared.length = static_cast<int32_t>(length);
   for (int64_t t = 0; t < length; ++t) {
     const auto i = static_cast<size_t>(t);
-    check_token(example.input_ids[i], limits.vocab_size, concat(where, " input_ids[", t, "]"));
+    check_token(example.input_ids[i], limits.vocab_size, where, " input_ids[", t, "]");
     const int32_t label = labels ? (*labels)[i] : example.input_ids[i];
     if (label == kIgnoreLabel) continue;
-    check_token(label, limits.vocab_size, concat(where, " labels[", t, "] (or ", kIgnoreLabel, " for no loss)"));
+    check_token(label, limits.vocab_size, where, " labels[", t, "] (or ", kIgnoreLabel, " for no loss)");
     if (t == 0) continue;
     LossRow row;
     row.target = label;
@@ -171,8 +173,7 @@ void validate_prompt(const std::vector<int32_t>& prompt, const Limits& limits) {
           " tokens (the model's context, which also holds the answer), got ", length);
   require(length < limits.kv_tokens, "[submit_infer] prompt_ids: expected fewer than ", limits.kv_tokens,
           " tokens (kv_cache_tokens of the engine), got ", length);
-  for (size_t i = 0; i < prompt.size(); ++i)
-    check_token(prompt[i], limits.vocab_size, concat("[submit_infer] prompt_ids[", i, "]"));
+  for (size_t i = 0; i < prompt.size(); ++i) check_token(prompt[i], limits.vocab_size, "[submit_infer] prompt_ids[", i, "]");
 }
 
 std::vector<PreparedExample> prepare_training(const std::vector<Example>& examples, const TrainOptions& options,

@@ -2,8 +2,8 @@
 // exist.
 //
 // saved.dx carries the gradient of the residual stream; every branch adds to it (rms_norm_backward adds, the residual passes
-// through). Where a buffer's old content is dead its gradient takes its place: a norm's output and gate_up are each overwritten by
-// their own gradient, after the LoRA weight gradients have read them. The swiglu output is not there until its gradient is.
+// through). gate_up is overwritten by its own gradient. The outputs of swiglu and of the norms are not kept: they come back, where
+// their gradients were, for the LoRA gradients that need them.
 //
 // A layer runs in parts, each over a block of rows (cut_layer() in plan/slices.h): all of them at once over all rows
 // (backward_layer), or one at a time (backward_slice), with BackwardState between them.
@@ -114,7 +114,6 @@ void Model::backward_part(const BackwardLayer& of, BackwardPart part, const Back
   const auto lora = [&](Site site) { return lora_linear(config, site_of(of.layer, site)); };
   const auto trained = [&](Site site) { return trains_site(groups, site_of(of.layer, site)); };
   const auto mine = [&](TensorView t) { return t.empty() ? TensorView{} : t.slice_rows(block.row_begin, block.rows); };
-  const auto rerun_norm = [&](TensorView x, TensorView w) { ops_.rms_norm(x, w, config.rms_norm_eps, work.norm); };
 
   const LayerSaved& kept = of.saved.layers[static_cast<size_t>(of.layer)];
   const LayerSaved& from = of.recompute ? state.rerun : kept;
@@ -122,19 +121,35 @@ void Model::backward_part(const BackwardLayer& of, BackwardPart part, const Back
   const TensorView qkv = mine(from.qkv), attn = mine(from.attn), mid = mine(from.mid), gate_up = mine(from.gate_up);
   const TensorView dattn = mine(state.dattn), dqkv = mine(state.dqkv), act = work.wide;
 
+  // A linear and the norm in front of it, down to the norm's input unless nothing below is trained. The linear's input comes back
+  // where its gradient was, from the one reading that the norm's gradient needs.
+  const auto norm_linear = [&](Site site, const LinearWeights& linear, TensorView input, TensorView norm, TensorView s,
+                               TensorView dy, bool below) {
+    const bool adapted = trained(site);
+    if (adapted && !below) ops_.rms_norm(input, norm, config.rms_norm_eps, work.norm);
+    linear_backward(ops_, linear, lora(site), groups, adapted, below ? TensorView{} : work.norm, s, dy, work.ds,
+                    below ? work.norm : TensorView{});
+    if (below && adapted) {
+      ops_.rms_norm_and_backward(input, norm, config.rms_norm_eps, work.norm, dx, work.norm);
+      ops_.lora_backward_weights(lora(site), groups, work.norm, {}, {}, work.ds);
+    } else if (below) {
+      ops_.rms_norm_backward(input, norm, config.rms_norm_eps, work.norm, dx);
+    }
+  };
+
   switch (part) {
     case BackwardPart::rerun: {
       if (!of.recompute) return;
       LayerSaved keep = {x, qkv, mine(from.raw), attn, mine(from.lse), mid, gate_up, {}};
       for (int i = 0; i < 4; ++i) keep.s[i] = mine(from.s[i]);
       const LayerBatch rows = {block.rows, block.rows, &groups, &block.packed, nullptr, nullptr, cos_sin, {}};
-      rerun_norm(x, weights.input_norm);
+      ops_.rms_norm(x, weights.input_norm, config.rms_norm_eps, work.norm);
       layer_forward(ops_, config, weights, of.layer, rows, keep, {}, {}, work.norm, act, work.delta, false);
       return;
     }
     case BackwardPart::mlp: {
       // down: its input comes back where its gradient was, from the one reading of gate_up that the gradient of swiglu needs
-      const bool down_trained = trained(Site::down), gate_up_trained = trained(Site::gate_up), o_trained = trained(Site::o);
+      const bool down_trained = trained(Site::down), o_trained = trained(Site::o);
       if (down_trained && !of.below_down) ops_.swiglu(gate_up, act);
       linear_backward(ops_, weights.down, lora(Site::down), groups, down_trained, of.below_down ? TensorView{} : act,
                       mine(from.s[3]), dx, work.ds, of.below_down ? act : TensorView{});
@@ -144,15 +159,10 @@ void Model::backward_part(const BackwardLayer& of, BackwardPart part, const Back
       } else if (of.below_down) {
         ops_.swiglu_backward(gate_up, act, gate_up);
       }
-      // gate_up, norm
-      if (of.below_down) {
-        if (gate_up_trained) rerun_norm(mid, weights.post_norm);
-        linear_backward(ops_, weights.gate_up, lora(Site::gate_up), groups, gate_up_trained, work.norm, mine(from.s[2]), gate_up,
-                        work.ds, of.below_gate_up ? work.norm : TensorView{});
-      }
+      if (of.below_down)
+        norm_linear(Site::gate_up, weights.gate_up, mid, weights.post_norm, mine(from.s[2]), gate_up, of.below_gate_up);
       // o
       if (of.below_gate_up) {
-        ops_.rms_norm_backward(mid, weights.post_norm, config.rms_norm_eps, work.norm, dx);
         linear_backward(ops_, weights.o, lora(Site::o), groups, o_trained, attn, mine(from.s[1]), dx, work.ds,
                         of.below_o ? dattn : TensorView{});
       }
@@ -168,13 +178,8 @@ void Model::backward_part(const BackwardLayer& of, BackwardPart part, const Back
     }
     case BackwardPart::qkv: {
       if (!of.below_o) return;
-      const bool qkv_trained = trained(Site::qkv);
       ops_.rope_backward(dqkv, shape, cos_sin, weights.q_norm, weights.k_norm, config.rms_norm_eps, mine(from.raw));
-      if (qkv_trained) rerun_norm(x, weights.input_norm);
-      linear_backward(ops_, weights.qkv, lora(Site::qkv), groups, qkv_trained, work.norm, mine(from.s[0]), dqkv, work.ds,
-                      of.below_qkv ? work.norm : TensorView{});
-      // norm
-      if (of.below_qkv) ops_.rms_norm_backward(x, weights.input_norm, config.rms_norm_eps, work.norm, dx);
+      norm_linear(Site::qkv, weights.qkv, x, weights.input_norm, mine(from.s[0]), dqkv, of.below_qkv);
       return;
     }
     case BackwardPart::whole:

@@ -258,8 +258,6 @@ class Ops {
   virtual void gather_rows(TensorView x, const int32_t* index, TensorView y) = 0;
   // y[index[i]] += x[i], indices distinct.                    x [n, H] C; index [n] i32 device; y [T, H] C
   virtual void scatter_add_rows(TensorView x, const int32_t* index, TensorView y) = 0;
-  // y += x.                                                   x, y [T, H] C
-  virtual void add(TensorView x, TensorView y) = 0;
   // dst = src, converting the dtype.                          src, dst [T, n], any float dtypes
   virtual void convert(TensorView src, TensorView dst) = 0;
 
@@ -314,6 +312,8 @@ class Ops {
   virtual void add_rms_norm(TensorView x, TensorView delta, TensorView w, float eps, TensorView sum, TensorView y) = 0;
   // dx += d rms_norm / dx applied to dy (the residual adds).  x, dy, dx [T, H] C; w [H] C
   virtual void rms_norm_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx) = 0;
+  // The same and y = rms_norm(x), reading x once: y [T, H] may be dy itself.
+  virtual void rms_norm_and_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx, TensorView y) = 0;
 
   // cos_sin[t, i] = cos, [t, D/2 + i] = sin of positions[t] * inv_freq[i], times `attention_factor`. Once a step.
   // positions [T] i32 device; inv_freq [D/2] f32 device; cos_sin [T, D] f32

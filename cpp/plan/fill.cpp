@@ -14,6 +14,7 @@
 
 #include "core/check.h"
 #include "plan/planner_state.h"
+#include "plan/slices.h"
 
 namespace loquetier {
 
@@ -29,7 +30,6 @@ constexpr double kPromptShare = 0.25;   // of the time to first token: the longe
 constexpr double kUrgentShare = 0.5;    // of it: with less left a prompt goes before its turn
 constexpr int kUrgentLooks = 64;        // prompts a step looks at in order of deadline, bounds the work when thousands wait
 constexpr int32_t kSmallestChunk = 16;  // training rows worth a place in a step
-constexpr int32_t kHeadSlice = 256;     // head rows of a forward slice
 
 double causal_pairs(double begin, double rows) { return rows * begin + rows * (rows + 1) / 2; }
 double passes(double heads) { return std::ceil(heads / kHeadSlice); }

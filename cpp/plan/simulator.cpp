@@ -7,12 +7,12 @@
 
 #include "core/check.h"
 #include "core/random.h"
+#include "plan/slices.h"
 
 namespace loquetier {
 
 namespace {
 
-constexpr int32_t kHeadSlice = 256;  // rows of vocabulary products in one forward slice: kHeadChunk of model/model.h
 constexpr double kNever = std::numeric_limits<double>::infinity();
 
 // Standard normal, a function of (seed, step): Box and Muller.

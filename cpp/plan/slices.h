@@ -11,6 +11,8 @@
 
 namespace loquetier {
 
+constexpr int32_t kHeadSlice = 256;  // head rows of a forward slice, about a millisecond of an 8B model's vocabulary product
+
 enum class BackwardPart : uint8_t { whole, rerun, mlp, attention, qkv };
 
 struct BackwardSlice {

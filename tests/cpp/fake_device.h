@@ -159,7 +159,6 @@ class FakeOps : public Ops {
   void embedding(const int32_t*, TensorView, TensorView) override { none(); }
   void gather_rows(TensorView, const int32_t*, TensorView) override { none(); }
   void scatter_add_rows(TensorView, const int32_t*, TensorView) override { none(); }
-  void add(TensorView, TensorView) override { none(); }
   void convert(TensorView, TensorView) override { none(); }
   void linear(TensorView, TensorView, TensorView, TensorView) override { none(); }
   void linear_backward(TensorView, TensorView, TensorView, bool) override { none(); }
@@ -173,6 +172,7 @@ class FakeOps : public Ops {
   void rms_norm(TensorView, TensorView, float, TensorView) override { none(); }
   void add_rms_norm(TensorView, TensorView, TensorView, float, TensorView, TensorView) override { none(); }
   void rms_norm_backward(TensorView, TensorView, float, TensorView, TensorView) override { none(); }
+  void rms_norm_and_backward(TensorView, TensorView, float, TensorView, TensorView, TensorView) override { none(); }
   void rope_table(const int32_t*, const float*, float, TensorView) override { none(); }
   void rope(TensorView, const AttentionShape&, TensorView, TensorView, TensorView, float, TensorView, const int32_t*, KvLayer,
             const KvShape&) override {

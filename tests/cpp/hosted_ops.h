@@ -46,9 +46,6 @@ class HostedOps : public Ops {
   void scatter_add_rows(TensorView x, const int32_t* index, TensorView y) override {
     run([=, this] { cpu_->scatter_add_rows(x, index, y); });
   }
-  void add(TensorView x, TensorView y) override {
-    run([=, this] { cpu_->add(x, y); });
-  }
   void convert(TensorView src, TensorView dst) override {
     run([=, this] { cpu_->convert(src, dst); });
   }
@@ -82,6 +79,9 @@ class HostedOps : public Ops {
   }
   void rms_norm_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx) override {
     run([=, this] { cpu_->rms_norm_backward(x, w, eps, dy, dx); });
+  }
+  void rms_norm_and_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx, TensorView y) override {
+    run([=, this] { cpu_->rms_norm_and_backward(x, w, eps, dy, dx, y); });
   }
   void rope_table(const int32_t* positions, const float* inv_freq, float factor, TensorView cos_sin) override {
     run([=, this] { cpu_->rope_table(positions, inv_freq, factor, cos_sin); });

@@ -1,5 +1,7 @@
 // Memory of a device: the plan, what an engine takes at start, and that steps take no more. The device is a fake one that computes
 // (hosted_ops.h), so what happens on a GPU that is too small, or that every copy goes where it should, is seen on any machine.
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <iostream>
 #include <iterator>
@@ -201,6 +203,35 @@ TEST(a_device_gives_the_tokens_and_losses_of_the_host) {
   CHECK_EQ(got.second.size(), 6u);
   CHECK(got.first == want.first);
   for (size_t i = 0; i < got.second.size(); ++i) CHECK_NEAR(got.second[i], want.second[i], 1e-4);
+}
+
+TEST(a_device_takes_head_rows_in_larger_chunks_to_the_same_gradients) {
+  auto run = [](Engine& engine) {
+    engine.add_adapter("a", lora(4, 1, {"q_proj", "lm_head"}));
+    const int64_t job = engine.submit_train("a", examples(9, 20, 80), TrainOptions{});
+    const TrainResult result = drain(engine).trained.at(job);
+    CHECK(result.num_targets > kHeadChunk && result.num_targets % kHeadSlice != 0);
+    std::vector<double> values = {result.loss};
+    for (const NamedTensor& t : engine.adapter_state("a", "gradients")) values.insert(values.end(), t.data.begin(), t.data.end());
+    return values;
+  };
+  EngineOptions options = small_options();
+  options.max_batch_tokens = 2000;
+  CHECK_EQ(head_chunk(options, false), kHeadChunk);
+  CHECK_EQ(head_chunk(options, true), kHeadSlice);
+  Hosted hosted(options);
+  options.device = "cpu";
+  Engine host(BaseModel::random(kTinyConfig, 7), options);
+  const auto got = run(*hosted.engine), want = run(host);
+  CHECK_EQ(got.size(), want.size());
+  double largest = 0, difference = 0;
+  for (size_t i = 1; i < got.size(); ++i) {
+    largest = std::max(largest, std::fabs(want[i]));
+    difference = std::max(difference, std::fabs(got[i] - want[i]));
+  }
+  CHECK_NEAR(got[0], want[0], 1e-5);
+  CHECK(largest > 0 && difference < 1e-7 * largest);
+  std::printf("largest difference of a gradient %.1e\n", difference / largest);
 }
 
 TEST(adapters_come_ahead_of_need_and_answers_stay_the_same) {

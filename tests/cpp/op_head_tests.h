@@ -30,7 +30,7 @@ Host as_host(const std::vector<float>& values) {
 TEST(token_loss_of_every_kind_with_and_without_gradient) {
   for_each_rig([](Rig& rig) {
     for (const int64_t rows : {0, 1, 33})
-      for (const int64_t vocabulary : {1, 31, 33, 1000, 5000}) {
+      for (const int64_t vocabulary : {1, 8, 31, 33, 1000, 5000, 33000}) {
         Host logits = rig.random(rows, vocabulary, 4.0);
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t j = 0; j < vocabulary; ++j) logits(i, j) += i % 3 == 0 ? 80 : i % 3 == 1 ? -300 : 0;  // stable far from zero
@@ -208,22 +208,24 @@ TEST(sample_draws_from_the_distribution) {
 
 TEST(sampled_logprob_equals_trained_logprob) {
   for_each_rig([](Rig& rig) {
-    Host logits = rig.random(20, 777, 3.0);
-    OnDevice a(rig, logits, DType::f32), b(rig, logits, DType::f32);
-    std::vector<SampleRow> rows(20);
-    for (size_t i = 0; i < rows.size(); ++i) rows[i].temperature = 0.8f, rows[i].seed = i;
-    ArrayOnDevice<SampleRow> drows(rig, rows);
-    ArrayOnDevice<int32_t> ids(rig, std::vector<int32_t>(20));
-    ArrayOnDevice<float> sampled(rig, std::vector<float>(20)), trained(rig, std::vector<float>(20)),
-        loss(rig, std::vector<float>(20));
-    rig.ops().sample(a, {drows.data(), rows.data(), 20, nullptr, nullptr, nullptr, nullptr}, ids.data(), sampled.data(), {}, {});
-    std::vector<int32_t> got(20);
-    rig.device().copy_to_host(got.data(), ids.data(), got.size() * sizeof(int32_t));
-    std::vector<LossRow> targets(20);
-    for (size_t i = 0; i < targets.size(); ++i) targets[i].target = got[i];
-    ArrayOnDevice<LossRow> dtargets(rig, targets);
-    rig.ops().token_loss(b, dtargets.data(), {}, trained.data(), loss.data());
-    CHECK(download_floats(rig, sampled, 20) == download_floats(rig, trained, 20));
+    for (const int64_t vocabulary : {777, 40, 5000, 33000}) {
+      Host logits = rig.random(20, vocabulary, 3.0);
+      OnDevice a(rig, logits, DType::f32), b(rig, logits, DType::f32);
+      std::vector<SampleRow> rows(20);
+      for (size_t i = 0; i < rows.size(); ++i) rows[i].temperature = 0.8f, rows[i].seed = i;
+      ArrayOnDevice<SampleRow> drows(rig, rows);
+      ArrayOnDevice<int32_t> ids(rig, std::vector<int32_t>(20));
+      ArrayOnDevice<float> sampled(rig, std::vector<float>(20)), trained(rig, std::vector<float>(20)),
+          loss(rig, std::vector<float>(20));
+      rig.ops().sample(a, {drows.data(), rows.data(), 20, nullptr, nullptr, nullptr, nullptr}, ids.data(), sampled.data(), {}, {});
+      std::vector<int32_t> got(20);
+      rig.device().copy_to_host(got.data(), ids.data(), got.size() * sizeof(int32_t));
+      std::vector<LossRow> targets(20);
+      for (size_t i = 0; i < targets.size(); ++i) targets[i].target = got[i];
+      ArrayOnDevice<LossRow> dtargets(rig, targets);
+      rig.ops().token_loss(b, dtargets.data(), {}, trained.data(), loss.data());
+      CHECK(download_floats(rig, sampled, 20) == download_floats(rig, trained, 20));
+    }
   });
 }
 

@@ -38,19 +38,6 @@ TEST(rows_embedding_gather_scatter_add) {
   });
 }
 
-TEST(add) {
-  for_each_rig([](Rig& rig) {
-    for (const int64_t rows : {0, 1, 33})
-      for (const int64_t cols : {1, 31, 64}) {
-        Host x = rig.random(rows, cols), y = rig.random(rows, cols);
-        OnDevice dx(rig, x), dy(rig, y);
-        run_twice({&dy}, [&] { rig.ops().add(dx, dy); });
-        for (size_t i = 0; i < y.values.size(); ++i) y.values[i] += x.values[i];
-        expect("add", dy.get(), y, rig.bound(1e-7));
-      }
-  });
-}
-
 TEST(convert_between_all_float_dtypes) {
   for_each_rig([](Rig& rig) {
     // Every f16 value, and what lies between two of them and on the ties.
@@ -224,8 +211,9 @@ TEST(rms_norm_and_residual_add) {
         CHECK(in_place.get().values == sum.get().values);
         CHECK(y3.get().values == y2.get().values);
 
-        Host dx = rig.random(rows, cols);
-        OnDevice ddy(rig, dy), ddx(rig, dx);
+        Host start = rig.random(rows, cols);
+        OnDevice ddy(rig, dy), ddx(rig, start);
+        Host dx = start;
         run_twice({&ddx}, [&] { rig.ops().rms_norm_backward(dx_in, dw, eps, ddy, ddx); });
         const Host gradient = reference::rms_norm_backward(x, w, static_cast<double>(eps), dy);
         for (size_t i = 0; i < dx.values.size(); ++i) dx.values[i] += gradient.values[i];
@@ -233,6 +221,11 @@ TEST(rms_norm_and_residual_add) {
         for (size_t i = 0; i < x.values.size() && cols == 1; ++i)
           scale = std::max(scale, std::fabs(w(0, 0) * dy.values[i] / x.values[i]));
         expect("rms_norm_backward", ddx.get(), dx, rig.bound(6e-7), scale);
+        OnDevice apart(rig, start), both(rig, start), y4(rig, rows, cols), over(rig, dy);
+        run_twice({&apart, &y4}, [&] { rig.ops().rms_norm_and_backward(dx_in, dw, eps, ddy, apart, y4); });
+        run_twice({&both, &over}, [&] { rig.ops().rms_norm_and_backward(dx_in, dw, eps, over, both, over); });
+        for (const OnDevice* sum_of : {&apart, &both}) CHECK(sum_of->get().values == ddx.get().values);
+        for (const OnDevice* again : {&y4, &over}) CHECK(again->get().values == y.get().values);
       }
   });
 }
