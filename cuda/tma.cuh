@@ -120,12 +120,6 @@ __device__ inline void store_shared8(uint32_t address, uint2 v) {
 __device__ inline void store_shared16(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-template <class T>
-__device__ inline float load_shared_half(uint32_t address) {
-  uint16_t bits;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(address));
-  return to_float(*reinterpret_cast<const T*>(&bits));
-}
 // A counter that every block raises after its writes and the barrier behind them; another that has seen it raised may read those.
 __device__ inline uint64_t add_release(uint64_t* p, uint64_t add) {
   uint64_t old;
