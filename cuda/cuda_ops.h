@@ -175,8 +175,7 @@ class CudaOps final : public Ops {
   // y: the forward's output too, or without data.
   void rms_norm_backward_onto(const char* op, TensorView x, TensorView w, float eps, TensorView dy, TensorView dx, TensorView y);
   void swiglu_backward_onto(const char* op, TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y);
-  // False: no group has a rank here, nothing was launched.
-  bool shrink_on(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s);
+  void shrink_on(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s);
   // Shrink and expand in one launch when every group is small (lora_decode.cu); false: not such a batch, nothing was done.
   bool lora_small(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView y);
   // The products into rank columns over many rows of a fast layout (lora_tall.cu); shrink: the groups without dropout.

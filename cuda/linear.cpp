@@ -110,7 +110,7 @@ CudaOps::CudaOps(int device, DType compute_dtype, bool deterministic)
       attention_scratch_(device_) {
   require(dtype_ == DType::bf16 || dtype_ == DType::f16, "[cuda] compute dtype: expected bf16 or f16, got ", name_of(dtype_));
   blas_workspace_ = Buffer(device_, kBlasWorkspace);
-  decode_workspace_ = Buffer(device_, decode_workspace_bytes(device_.processors()));
+  decode_workspace_ = Buffer(device_, decode_workspace(device_.processors()));
   device_.zero(decode_workspace_.data(), decode_workspace_.bytes());
   attention_decode_workspace_ = Buffer(device_, decode_attention_workspace_bytes(device_.processors()));
   device_.zero(attention_decode_workspace_.data(), attention_decode_workspace_.bytes());
@@ -224,7 +224,7 @@ void CudaOps::linear_onto(TensorView x, TensorView w, TensorView bias, TensorVie
 }
 
 // Five ways, each the fastest of what was measured at its size (benchmarks/results):
-// * A decode step: the shrink, then base product and expand in one launch (linear_decode.cu).
+// * A decode step: all in one launch (linear_decode.cu).
 // * Many rows with adapters: base and LoRA as one product (fused_linear.h). Rounding differs from the single operations by one
 // step,
 //   so the deterministic mode, where a row's bits must not depend on its group's size, does not; nor does the next way.
@@ -249,11 +249,13 @@ void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const Lor
   const LoraCall call = lora_call("linear_lora", linear, groups, x.rows);
   if (!deterministic_ && y.dtype == dtype_ && x.rows <= kMaxDecodeRows && fast_layout(linear, groups, {x, s, y}) &&
       !count_tiles(groups, 8).dropout) {
-    const DecodeLora lora = shrink_on(stream(), linear, groups, x, s) ? DecodeLora{call, s} : DecodeLora{};
-    if (decode_linear(tensor_maps_, decode_workspace_.data(), x, w, bias.data, y, lora, device_.processors(), stream())) return;
-    linear_onto(x, w, bias, y, false);
-    lora_expand(linear, groups, s, y);
-    return;
+    const Ranks ranks = ranks_of(linear, groups);
+    if (ranks.stacked == 0) return linear_onto(x, w, bias, y, false);
+    device_.use();
+    if (decode_linear(tensor_maps_, decode_workspace_.data(), x, w, bias.data, y, {call, s, ranks.single}, device_.processors(),
+                      stream())) {
+      return;
+    }
   }
   if (!deterministic_ && y.dtype == dtype_ && many_rows(groups, x.rows)) {
     lora_shrink(linear, groups, x, s);

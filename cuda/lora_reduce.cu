@@ -153,12 +153,12 @@ void CudaOps::lora_shrink(const LoraLinear& linear, const LoraGroups& groups, Te
   shrink_on(stream(), linear, groups, x, s);
 }
 
-bool CudaOps::shrink_on(cudaStream_t on, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) {
+void CudaOps::shrink_on(cudaStream_t on, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) {
   expect("lora_shrink", "x", x, dtype_, -1, linear.in);
   const LoraCall call = lora_call("lora_shrink", linear, groups, x.rows);
   const Ranks ranks = ranks_of(linear, groups);
   const int stacked = ranks.stacked, single = ranks.single;
-  if (stacked == 0 || x.rows == 0) return false;
+  if (stacked == 0 || x.rows == 0) return;
   expect("lora_shrink", "s", s, dtype_, x.rows, -1);
   require(s.cols >= stacked, "[lora_shrink] s: expected at least ", stacked, " columns, got ", s.cols);
   device_.use();
@@ -181,7 +181,6 @@ bool CudaOps::shrink_on(cudaStream_t on, const LoraLinear& linear, const LoraGro
                                                args, single, linear.parts, on);
     }
   });
-  return true;
 }
 
 void CudaOps::lora_backward_s(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView ds) {

@@ -129,8 +129,8 @@ __host__ __device__ constexpr int steps_ahead() {
   return MT <= 3 && !kDropout ? 2 : 1;
 }
 
-// Waits for the launch in front, and only then lets the next one begin: the decode product (linear_decode.cu) relies on x being
-// there when it starts behind a shrink. Every thread of every block passes it, also of blocks without a tile.
+// Waits for the launch in front, and only then lets the next one begin. Every thread of every block passes it, also of blocks
+// without a tile.
 __device__ inline void start_after_previous() {
   wait_for_previous();
   let_next_start();

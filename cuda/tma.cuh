@@ -40,6 +40,20 @@ __device__ inline void barrier_wait(uint64_t& barrier, uint32_t parity) {
       : "memory");
 }
 __device__ inline void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Arrives without waiting; `threads` counts those that wait too.
+__device__ inline void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// A counter in shared memory by which one thread tells others of the block how far it is.
+__device__ inline void store_release(int* p, int value) {
+  asm volatile("st.release.cta.shared::cta.s32 [%0], %1;" ::"r"(shared_address(p)), "r"(value) : "memory");
+}
+__device__ inline int load_acquire(const int* p) {
+  int value;
+  asm volatile("ld.acquire.cta.shared::cta.s32 %0, [%1];" : "=r"(value) : "r"(shared_address(p)) : "memory");
+  return value;
+}
 
 // ---------------------------------------------------------------- bulk copies
 
@@ -53,6 +67,27 @@ __device__ inline void tma_load(uint32_t to, const CUtensorMap& map, uint64_t& b
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier)), "l"(hint)
       : "memory");
 }
+
+// Contiguous bytes, a multiple of 16; both addresses on 16 bytes.
+__device__ inline void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint64_t& barrier, uint64_t hint) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(shared_address(&barrier)), "l"(hint)
+      : "memory");
+}
+
+// 16 bytes a thread, from global to shared memory; zeros when not `real` (the address is then not read).
+__device__ inline void copy16(uint32_t to, const void* from, bool real) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most kPending of this thread's groups are under way.
+template <int kPending>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+// Bulk copies and products asked for behind it see shared memory as threads have left it.
+__device__ inline void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---------------------------------------------------------------- products
 
@@ -74,16 +109,23 @@ __device__ inline uint4 load_shared16(uint32_t address) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
   return v;
 }
+__device__ inline uint2 load_shared8(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+__device__ inline void store_shared8(uint32_t address, uint2 v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
+}
 __device__ inline void store_shared16(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-template <class T>
-__device__ inline float load_shared_half(uint32_t address) {
-  uint16_t bits;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(address));
-  return to_float(*reinterpret_cast<const T*>(&bits));
+// A counter that every block raises after its writes and the barrier behind them; another that has seen it raised may read those.
+__device__ inline uint64_t add_release(uint64_t* p, uint64_t add) {
+  uint64_t old;
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(old) : "l"(p), "l"(add) : "memory");
+  return old;
 }
-// A counter that other blocks raise after their writes.
 __device__ inline uint64_t load_acquire(const uint64_t* p) {
   uint64_t v;
   asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");

@@ -12,8 +12,14 @@ namespace loquetier {
 constexpr size_t kBlasWorkspace = size_t{32} << 20;  // what cuBLAS recommends for Hopper
 
 constexpr int kHopperProcessors = 132;  // of a device that is not there: H100 and H200 (SXM)
-// Of a processor, for the product of few rows: sums of 256 columns by 64 rows, and a ticket (cuda/linear_decode.cu).
-constexpr size_t kDecodeWorkspace = 256 * 64 * sizeof(float) + sizeof(uint64_t);
+// The product of few rows (cuda/linear_decode.cu): for every processor the sums of 256 columns by 64 rows and a ticket; sums of s,
+// 8 rows by 16 ranks, for every task and once more for every processor; a counter.
+constexpr size_t kDecodeSums = 256 * 64 * sizeof(float), kDecodeTask = 8 * 16 * sizeof(float);
+constexpr size_t kMostDecodeTasks = size_t{64} * kMaxParts * 256 / 16;
+constexpr size_t decode_workspace(int processors) {
+  return static_cast<size_t>(processors) * (kDecodeSums + kDecodeTask + sizeof(uint64_t)) + kMostDecodeTasks * kDecodeTask +
+         sizeof(uint64_t);
+}
 // Of a processor, for attention of decodes: two unfinished runs of a block, each the sums of a tile of heads and a mark for each
 // of them, and a ticket (cuda/attention_decode.cu).
 constexpr int kDecodeAttentionBlocks = 2;  // of a processor
@@ -46,7 +52,7 @@ inline CudaWorkspace cuda_workspace(const OpsLimits& limits, bool deterministic,
   constexpr size_t kNormPartials = size_t{1} << 18;
   const auto up = [](int64_t n, int64_t to) { return static_cast<size_t>((n + to - 1) / to * to); };
   CudaWorkspace bytes;
-  bytes.decode = static_cast<size_t>(processors) * (kDecodeWorkspace + kDecodeAttentionWorkspace);
+  bytes.decode = decode_workspace(processors) + static_cast<size_t>(processors) * kDecodeAttentionWorkspace;
   if (!deterministic) {
     bytes.fused_sums = static_cast<size_t>(processors) * kFusedSumsOfProcessor;
     // A group has a block wherever it meets one of a pair's two tiles: at most as often as there are groups and tiles.

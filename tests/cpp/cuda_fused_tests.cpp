@@ -101,10 +101,48 @@ std::vector<LoraShape> divided_shapes() {
   return shapes;
 }
 
-std::vector<LoraShape> all_shapes(const Rig& rig) {
+// Batches of decode steps, which a device runs as one launch: tiles of 128 or 256 columns, shares of k, tasks of 8 rows by 16
+// ranks, more tiles than run at a time. One-row groups and groups at odd places, base rows between them, empty groups, mixed ranks
+// up to 256, parts that an adapter leaves alone, sums and columns that are no multiple of a tile or piece.
+std::vector<LoraShape> decode_shapes() {
+  std::vector<LoraShape> shapes;
+  shapes.push_back({"decode, one row", 1, 264, {384}, {{0, 1, {8}, 0}}});
+  shapes.push_back({"decode, one group", 64, 520, {512}, {{0, 64, {16}, 0}}});
+  LoraShape each{"decode, every row another", 64, 584, {256, 256, 136}, {}};
+  const int32_t ranks[] = {16, 8, 0, 24, 64, 40};
+  for (int32_t t = 0; t < 64; ++t) each.groups.push_back({t, 1, {ranks[t % 6], ranks[t % 5], ranks[t % 3]}, 0});
+  shapes.push_back(each);
+  LoraShape splits{"decode, shares of k", 16, 2104, {512}, {}};
+  for (int32_t t = 0; t < 16; ++t) splits.groups.push_back({t, 1, {16}, 0});
+  shapes.push_back(splits);
+  shapes.push_back({"decode, rows without adapter",
+                    61,
+                    328,
+                    {256, 264},
+                    {{1, 2, {24, 8}, 0},
+                     {3, 7, {128, 16}, 0},
+                     {10, 0, {8, 8}, 0},
+                     {10, 4, {}, 0},
+                     {14, 9, {8, 0}, 0},
+                     {25, 17, {0, 56}, 0},
+                     {50, 1, {16, 16}, 0},
+                     {52, 1, {40, 72}, 0},
+                     {53, 7, {0, 0}, 0}}});
+  shapes.push_back(
+      {"decode, large ranks", 35, 648, {512, 256}, {{0, 9, {256, 8}, 0}, {9, 1, {136, 200}, 0}, {11, 24, {16, 256}, 0}}});
+  shapes.push_back({"decode, large ranks, few rows", 11, 600, {1024}, {{0, 3, {256}, 0}, {3, 1, {8}, 0}, {4, 7, {72}, 0}}});
+  LoraShape tiles{"decode, more tiles than run at a time", 9, 40, {256, 33792, 264}, {}};
+  for (int32_t g = 0; g < 2; ++g) tiles.groups.push_back({5 * g, 3, {8, 8 * (g + 1), 16}, 0});
+  shapes.push_back(tiles);
+  return shapes;
+}
+
+std::vector<LoraShape> all_shapes(const Rig& rig, bool decode = false) {
   std::vector<LoraShape> shapes = fused_shapes();
-  if (!rig.exact())
-    for (LoraShape& shape : large_shapes()) shapes.push_back(std::move(shape));
+  if (rig.exact()) return shapes;
+  if (decode)
+    for (LoraShape& shape : decode_shapes()) shapes.push_back(std::move(shape));
+  for (LoraShape& shape : large_shapes()) shapes.push_back(std::move(shape));
   return shapes;
 }
 
@@ -129,7 +167,7 @@ void check_backward(Rig& rig, const LoraShape& shape) {
 
 TEST(linear_lora_against_the_reference) {
   for_each_rig([](Rig& rig) {
-    for (const LoraShape& shape : all_shapes(rig)) {
+    for (const LoraShape& shape : all_shapes(rig, true)) {
       const std::string label = std::string(" (") + shape.name + ")";
       LoraRig lora(rig, shape.rows, shape.in, shape.out, shape.groups);
       const int64_t rank = std::max(lora.max_rank, 8);
@@ -216,6 +254,33 @@ TEST(a_row_that_is_not_finite_stays_alone) {
       CHECK_EQ(finite, (rows - 1) * got.cols);
       CHECK(!std::isfinite(got(bad, 0)));
     }
+  });
+}
+
+// So must an adapter that is not finite: rows of other groups keep their bits.
+TEST(an_adapter_that_is_not_finite_stays_alone) {
+  for_each_rig([](Rig& rig) {
+    const int64_t rows = 24, in = 256, out = 256;
+    LoraRig lora(rig, rows, in, {out}, {{0, 5, {16}, 0}, {5, 4, {24}, 0}, {9, 1, {8}, 0}, {12, 12, {16}, 0}});
+    Host x = rig.random(rows, in), w = rig.random(out, in);
+    OnDevice dev_x(rig, x), dev_w(rig, w), s(rig, rows, 24), y(rig, rows, out), after(rig, rows, out);
+    rig.ops().linear_lora(dev_x, dev_w, {}, lora.linear, lora.groups, s, y);
+    const LoraPart& part = lora.groups.host_groups[1].host_sites[1].part[0];
+    const std::vector<std::byte> bad(static_cast<size_t>(out) * 24 * size_of(rig.dtype()), std::byte{0xff});  // not a number
+    rig.device().copy_to_device(const_cast<void*>(part.a), bad.data(), bad.size());
+    rig.device().copy_to_device(const_cast<void*>(part.b), bad.data(), bad.size());
+    rig.device().synchronize();
+    rig.ops().linear_lora(dev_x, dev_w, {}, lora.linear, lora.groups, s, after);
+    const Host want = y.get(), got = after.get();
+    int64_t same = 0, spoilt = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < out; ++j) {
+        if (i >= 5 && i < 9) spoilt += std::isnan(got(i, j));
+        else same += got(i, j) == want(i, j);
+      }
+    }
+    CHECK_EQ(same, (rows - 4) * out);
+    CHECK_EQ(spoilt, 4 * out);
   });
 }
 

@@ -1,0 +1,361 @@
+// The adapters' part of the product of decode steps (linear_decode.cu): A and B pass through the same ring of stages as W.
+//
+// Shrink, s = x A^T. A task is up to 8 rows of one group by up to 16 ranks of its parts together, and takes `pieces` of k. The
+// blocks of the launch share out the pieces of all tasks as one line, so a task is summed by one or several neighbouring blocks.
+// Each lays down its sums (slot task + block: no two are equal), and raises a counter when all of its own lie there; then everyone
+// may add up the ones it needs, in the order of the blocks.
+//
+// Expand, y += scale s B^T. A tile's rows of an adapter's B are adjacent in memory; a stage holds the rows of several adapters, or
+// a share of one's when its rank is large. The splits of a tile share out the groups. The products go to registers of their own and
+// are added to the rows of the group alone: what is not finite stays in its rows.
+#pragma once
+
+#include <cstddef>
+
+#include "linear_decode.h"
+#include "lora.cuh"
+#include "ops/workspace.h"
+#include "tma.cuh"
+
+namespace loquetier::cuda {
+
+constexpr int kTaskRows = 8, kTaskRanks = 16, kTaskSums = kTaskRows * kTaskRanks;
+static_assert(kTaskSums * sizeof(float) == kDecodeTask);
+constexpr int kHelpers = 4 * kWarp;                  // threads that list the adapters and add up s
+constexpr uint64_t kShrinkTurn = uint64_t{1} << 20;  // what all blocks of a launch together add to the counter
+
+// The groups of the batch that have rows and ranks here, in the order of their rows.
+struct Adapters {
+  struct Group {
+    LoraSite site;
+    const void* a = nullptr;  // [ranks, k], of all parts
+    int row = 0, rows = 0;
+    int ranks = 0;  // of all parts: the columns of s
+  };
+  Group of[kMaxDecodeRows];
+  int first_task[kMaxDecodeRows];
+  int8_t owner[kMaxDecodeRows];  // group of a row; -1: none
+  int count, tasks;
+  uint64_t listed;  // arrival barrier
+};
+
+// What is the same for all blocks of a launch.
+struct AdapterArgs {
+  LoraCall call;  // count is 0 without adapters
+  const void* x;  // [T, k]
+  int64_t ld_x;
+  void* s;  // [T, >= ranks]
+  int64_t ld_s;
+  float* sums;        // [tasks + blocks][kTaskRows][kTaskRanks]
+  uint64_t* counter;  // kShrinkTurn for every launch whose sums of s all lie there
+};
+
+// By one warp. Two trips to memory, each made for 64 groups at a time.
+__device__ inline void list_adapters(const LoraCall& call, Adapters& all) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const uint64_t policy = keep_policy();
+  for (int row = lane; row < kMaxDecodeRows; row += kWarp) all.owner[row] = -1;
+  __syncwarp();
+  int count = 0, tasks = 0;
+#pragma unroll 1
+  for (int base = 0; base < call.count; base += 2 * kWarp) {
+    uint64_t place[2] = {}, sites[2] = {};  // row_begin and rows; sites
+    Adapters::Group entry[2] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int g = base + half * kWarp + lane;
+      if (g >= call.count) continue;
+      place[half] = load_kept(call.groups + g, policy);
+      sites[half] = load_kept(&call.groups[g].sites, policy);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Adapters::Group& group = entry[half];
+      group.row = static_cast<int>(static_cast<uint32_t>(place[half]));
+      group.rows = static_cast<int>(place[half] >> 32);
+      if (sites[half] == 0 || group.rows == 0) continue;
+      const LoraPart* parts = reinterpret_cast<const LoraSite*>(sites[half])[call.site].part;
+#pragma unroll
+      for (int p = 0; p < kMaxParts; ++p) {
+        static_assert(offsetof(LoraPart, scale) == offsetof(LoraPart, rank) + 4);
+        if (p >= call.parts) continue;
+        LoraPart& part = group.site.part[p];
+        part.a = reinterpret_cast<const void*>(load_kept(&parts[p].a, policy));
+        part.b = reinterpret_cast<const void*>(load_kept(&parts[p].b, policy));
+        const uint64_t both = load_kept(&parts[p].rank, policy);
+        part.rank = static_cast<int32_t>(both);
+        part.scale = __uint_as_float(static_cast<uint32_t>(both >> 32));
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Adapters::Group& group = entry[half];
+#pragma unroll
+      for (int p = 0; p < kMaxParts; ++p) {
+        if (group.a == nullptr && group.site.part[p].rank > 0) group.a = group.site.part[p].a;
+        group.ranks += group.site.part[p].rank;
+      }
+      const int own = (group.rows + kTaskRows - 1) / kTaskRows * ((group.ranks + kTaskRanks - 1) / kTaskRanks);
+      const unsigned real = __ballot_sync(0xffffffffu, own > 0);
+      int sum = own;
+#pragma unroll
+      for (int offset = 1; offset < kWarp; offset *= 2) {
+        const int below = __shfl_up_sync(0xffffffffu, sum, offset);
+        if (lane >= offset) sum += below;
+      }
+      if (own > 0) {
+        const int at = count + __popc(real & ((1u << lane) - 1));
+        all.of[at] = group;
+        all.first_task[at] = tasks + sum - own;
+        for (int i = 0; i < group.rows; ++i) all.owner[group.row + i] = static_cast<int8_t>(at);
+      }
+      count += __popc(real);
+      tasks += __shfl_sync(0xffffffffu, sum, kWarp - 1);
+    }
+  }
+  if (lane == 0) {
+    all.count = count;
+    all.tasks = tasks;
+  }
+  __syncwarp();
+  if (lane == 0) barrier_arrive(all.listed);
+}
+
+// How the pieces of all tasks are shared out: the first `workers` blocks have some.
+struct ShrinkShares {
+  int pieces;  // of one task
+  int total, workers;
+  __device__ ShrinkShares(const Adapters& all, int task_pieces, int blocks)
+      : pieces(task_pieces), total(all.tasks * task_pieces), workers(min(blocks, total)) {}
+  __device__ int begin(int block) const { return block < workers ? static_cast<int>(int64_t{total} * block / workers) : total; }
+  __device__ int block_of(int piece) const { return ((piece + 1) * workers - 1) / total; }
+};
+
+struct ShrinkTask {
+  const Adapters::Group* group;
+  int row, rows;          // of the batch
+  int rank_begin, ranks;  // of the group's
+};
+
+// All lanes of a warp call it together.
+__device__ inline ShrinkTask find_task(const Adapters& all, int task) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  int behind = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int i = half * kWarp + lane;
+    behind += __popc(__ballot_sync(0xffffffffu, i < all.count && all.first_task[i] <= task));
+  }
+  const Adapters::Group& group = all.of[behind - 1];
+  const int in = task - all.first_task[behind - 1], chunks = (group.ranks + kTaskRanks - 1) / kTaskRanks,
+            row = in / chunks * kTaskRows, rank = in % chunks * kTaskRanks;
+  return {&group, group.row + row, min(kTaskRows, group.rows - row), rank, min(kTaskRanks, group.ranks - rank)};
+}
+
+// A piece of a task in a stage: 16 rows of A, then 8 of x, in units of 8 columns; unit u of a row lies at u ^ 4 (row & 1), so that
+// eight lanes read from different banks. Rows that a task does not have hold anything: what comes of them is not used. Columns
+// behind the end of k are zeros.
+constexpr int kPieceColumns = 512, kPieceRow = kPieceColumns * 2, kPieceBytes = (kTaskRanks + kTaskRows) * kPieceRow;
+__device__ inline uint32_t piece_unit(int row, int unit) {
+  return static_cast<uint32_t>(row * kPieceRow + (unit ^ (row & 1) << 2) * 16);
+}
+
+// `rows` rows of a matrix, columns [column, column + kPieceColumns) of k, into a piece from row `first` on. By one warp, 16 bytes a
+// lane.
+__device__ inline void copy_rows(uint32_t piece, int first, int rows, const void* from, int64_t ld, int column, int k) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const uint16_t* row = static_cast<const uint16_t*>(from) + column + 8 * lane;
+  const bool low = column + 8 * lane < k, high = column + 8 * (lane + kWarp) < k;
+#pragma unroll 4
+  for (int i = 0; i < rows; ++i, row += ld) {
+    copy16(piece + piece_unit(first + i, lane), low ? row : from, low);
+    copy16(piece + piece_unit(first + i, lane + kWarp), high ? row + 8 * kWarp : from, high);
+  }
+}
+
+// sum += A x^T over the warp's share of a piece's columns: m are ranks, n rows.
+template <class T, int kWarps>
+__device__ inline void shrink_add(uint32_t piece, int warp, float (&sum)[4]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
+  constexpr int kUnits = kPieceColumns / 8 / kWarps;
+  static_assert(kUnits % 4 == 0);
+#pragma unroll
+  for (int i = 0; i < kUnits; i += 4) {
+    const int unit = warp * kUnits + i + q;
+    const uint4 low = load_shared16(piece + piece_unit(g, unit)), high = load_shared16(piece + piece_unit(g + 8, unit)),
+                x = load_shared16(piece + piece_unit(kTaskRanks + g, unit));
+    multiply<T>(sum, low.x, high.x, low.y, high.y, x.x, x.y);
+    multiply<T>(sum, low.z, high.z, low.w, high.w, x.z, x.w);
+  }
+}
+
+// Which part of y a tile of columns lies in.
+struct TilePart {
+  int part, column, rows;  // the tile's first row of the part's B, and how many there are
+};
+template <int kTile>
+__device__ inline TilePart part_of(const LoraCall& call, int tile) {
+  int part = 0, begin = 0;
+  while (part + 1 < call.parts && tile * kTile >= begin + call.out[part]) begin += static_cast<int>(call.out[part++]);
+  const int column = tile * kTile - begin;
+  return {part, column, min(kTile, static_cast<int>(call.out[part]) - column)};
+}
+
+// s of one part for the rows of groups [from, to) into shared memory, `stride` bytes a row, once the counter says that all sums lie
+// there; and to a.s when this block is to write it. By the helpers.
+template <class T>
+__device__ inline void add_up_s(const AdapterArgs& a, const Adapters& all, const ShrinkShares& shares, int part, int from, int to,
+                                int rows, bool write, uint32_t s, int stride) {
+  const int thread = static_cast<int>(threadIdx.x) % kHelpers;
+#pragma unroll 1
+  for (int row = thread / 4; row < rows; row += kHelpers / 4) {
+    const int of = all.owner[row];
+    if (of < from || of >= to) continue;
+    const Adapters::Group& group = all.of[of];
+    const int rank = group.site.part[part].rank, chunks = (group.ranks + kTaskRanks - 1) / kTaskRanks, in = row - group.row;
+    int first_column = 0;
+    for (int p = 0; p < part; ++p) first_column += group.site.part[p].rank;
+#pragma unroll 1
+    for (int r = thread % 4 * 4; r < rank; r += kTaskRanks) {
+      const int column = first_column + r, task = all.first_task[of] + in / kTaskRows * chunks + column / kTaskRanks;
+      const int begin = shares.block_of(task * shares.pieces), end = shares.block_of(task * shares.pieces + shares.pieces - 1) + 1;
+      const float4* slot =
+          reinterpret_cast<const float4*>(a.sums + int64_t{task} * kTaskSums + in % kTaskRows * kTaskRanks + column % kTaskRanks);
+      float4 total = {0, 0, 0, 0};
+#pragma unroll 1
+      for (int b = begin; b < end; b += 8) {
+        float4 v[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = b + i < end ? __ldcg(slot + (b + i) * (kTaskSums / 4)) : float4{0, 0, 0, 0};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          total.x += v[i].x;
+          total.y += v[i].y;
+          total.z += v[i].z;
+          total.w += v[i].w;
+        }
+      }
+      const uint2 packed = {pack2<T>(total.x, total.y), pack2<T>(total.z, total.w)};
+      store_shared8(s + static_cast<uint32_t>(row * stride + r * 2), packed);
+      if (write) *reinterpret_cast<uint2*>(static_cast<T*>(a.s) + row * a.ld_s + column) = packed;
+    }
+  }
+}
+
+// Rows of one group's B in a stage.
+struct alignas(16) ExpandUnit {
+  float scale;
+  uint32_t place;  // in the stage, in bytes
+  int16_t rank;
+  int16_t w_row;      // of the tile, the first one
+  int16_t w_rows;     // the place has room for
+  uint8_t row, rows;  // of the group, in the batch
+};
+constexpr int kMostUnits = 8;
+struct ExpandStage {
+  ExpandUnit units[kMostUnits];
+  int count;
+  bool last;  // of the tile; it may have no unit
+};
+
+// The rows of B that a tile needs, in units that fit a stage.
+template <int kTile, int kStage>
+struct ExpandWalk {
+  const Adapters& all;
+  const TilePart& tile;
+  int of, to, chunk = 0;
+  bool real = false;
+  int rank = 0, row = 0, rows = 0;  // of the unit: its first row in the tile, and how many it has room for
+
+  __device__ ExpandWalk(const Adapters& adapters, const TilePart& part, int begin, int end)
+      : all(adapters), tile(part), of(begin), to(end) {
+    settle();
+  }
+  __device__ void next() {
+    ++chunk;
+    settle();
+  }
+  __device__ int bytes() const { return rows * rank * 2; }
+
+ private:
+  __device__ void settle() {
+    for (; of < to; ++of, chunk = 0) {
+      rank = all.of[of].site.part[tile.part].rank;
+      if (rank == 0) continue;
+      rows = kTile;
+      while (rows * rank * 2 > kStage) rows /= 2;
+      row = chunk * rows;
+      if (row < tile.rows) break;
+    }
+    real = of < to;
+  }
+};
+
+// The expand of a warp: products go to registers of their own, and from there to the sums of W's product whenever the block of 8
+// rows of the batch changes (the units are in the order of their rows). Those sums lie as the sums of m16n8k16 do: of block j,
+// sum[m][4 j .. 4 j + 3].
+template <class T, int kM, int kRows>
+struct Expand {
+  float more[kM][4] = {};
+  int block = 0;
+
+  // The rows of W of fragment m begin at w_row[m] of the tile.
+  __device__ void add(const ExpandUnit& unit, uint32_t stage, const int (&w_row)[kM], uint32_t s, int s_stride,
+                      float (&sum)[kM][kRows / 2]) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
+    const int rank = unit.rank, begin = unit.row, end = begin + unit.rows;
+    bool real[kM];
+    uint32_t b[kM];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      const int row = w_row[m] - unit.w_row;
+      real[m] = row >= 0 && row < unit.w_rows;
+      b[m] = stage + unit.place + static_cast<uint32_t>((real[m] ? row + g : g) * rank * 2);  // not real: anything of the stage
+    }
+#pragma unroll 1
+    for (int j = begin / 8; 8 * j < end; ++j) {
+      if (j != block) flush(sum);
+      block = j;
+      float c[kM][4] = {};
+#pragma unroll 1
+      for (int r = 0; r < rank; r += 16) {
+        const int k = min(r + 4 * q, rank - 4);
+        uint2 n = load_shared8(s + static_cast<uint32_t>((8 * j + g) * s_stride + k * 2));
+        if (r + 4 * q >= rank) n = {0, 0};
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          const uint2 low = load_shared8(b[m] + static_cast<uint32_t>(k * 2)),
+                      high = load_shared8(b[m] + static_cast<uint32_t>(k * 2 + 16 * rank));
+          multiply<T>(c[m], low.x, high.x, low.y, high.y, n.x, n.y);
+        }
+      }
+      const int row = 8 * j + 2 * q;
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        if (row + odd < begin || row + odd >= end) continue;
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          if (!real[m]) continue;
+          more[m][odd] += unit.scale * c[m][odd];
+          more[m][2 + odd] += unit.scale * c[m][2 + odd];
+        }
+      }
+    }
+  }
+
+  __device__ void flush(float (&sum)[kM][kRows / 2]) {
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {  // no branches: the compiler would make an index of them, and sum an array in memory
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[m][4 * j + e] += j == block ? more[m][e] : 0.0f;
+      }
+    }
+#pragma unroll
+    for (auto& part : more)
+      for (float& v : part) v = 0;
+  }
+};
+
+}  // namespace loquetier::cuda
