@@ -298,85 +298,86 @@ void decode_attention(const std::function<void(const std::string&, double)>& add
     add("attention_us_" + (std::string(name) + heads), ours);
     add("attention_cudnn_us_" + (std::string(name) + heads), cudnn);
   }
+}
 
-  // Microseconds at a number of rows: each linear's product through cuBLASLt and through the kernel that takes LoRA in, forward and
-  // dX; then all four with LoRA, one adapter on all rows but the last `decodes`, which belong to eight others.
-  void at_rows(int64_t rows, int decodes, int rank, const std::function<void(const std::string&, double)>& add) {
-    const int repeats = 3;
-    const std::string suffix = "_us_" + std::to_string(rows);
-    std::printf("%5lld", static_cast<long long>(rows));
-    double sums[4] = {};
-    for (int i = 0; i < 4; ++i) {
-      Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
-      auto& ops = static_cast<cuda::CudaOps&>(*b.ops);
-      const LoraLinear& linear = kLinears[i];
-      const TensorView x = b.random(rows, linear.in), y = b.random(rows, columns(linear));
-      std::vector<TensorView> w;
-      for (int r = 0; r < repeats; ++r) w.push_back(b.random(columns(linear), linear.in, 0.02f));
-      const auto each = [&](const std::function<void(TensorView)>& f) {
-        return b.capture([&] { std::for_each(w.begin(), w.end(), f); });
-      };
-      const std::vector<double> t =
-          b.time({each([&](TensorView m) { ops.linear(x, m, {}, y); }),
-                  each([&](TensorView m) { must(ops.linear_lora_fused(x, m, {}, linear, {}, {}, y)); }),
-                  each([&](TensorView m) { ops.linear_backward(y, m, x, false); }),
-                  each([&](TensorView m) { must(ops.linear_lora_backward_fused(y, m, linear, {}, {}, x)); })},
-                 20);
-      const char* names[] = {"qkv", "o", "gate_up", "down"};
-      const char* ways[] = {"", "one_product_", "dx_", "dx_one_product_"};
-      std::printf(" |");
-      for (int way = 0; way < 4; ++way) {
-        std::printf(" %5.0f", t[static_cast<size_t>(way)] / repeats);
-        add(ways[way] + std::string(names[i]) + suffix, t[static_cast<size_t>(way)] / repeats);
-        sums[way] += t[static_cast<size_t>(way)] / repeats;
-      }
-    }
+// Microseconds at a number of rows: each linear's product through cuBLASLt and through the kernel that takes LoRA in, forward and
+// dX; then all four with LoRA, one adapter on all rows but the last `decodes`, which belong to eight others.
+void at_rows(int64_t rows, int decodes, int rank, const std::function<void(const std::string&, double)>& add) {
+  const int repeats = 3;
+  const std::string suffix = "_us_" + std::to_string(rows);
+  std::printf("%5lld", static_cast<long long>(rows));
+  double sums[4] = {};
+  for (int i = 0; i < 4; ++i) {
     Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
-    Batch batch;
-    make_batch(b, batch, rows, decodes > 0 ? 9 : 1, rank, 1, false);
-    if (decodes > 0) {
-      for (int g = 0; g < 9; ++g) {
-        LoraGroup& group = batch.host[static_cast<size_t>(g)];
-        const int64_t first = rows - decodes + int64_t{decodes} * (g - 1) / 8, next = rows - decodes + int64_t{decodes} * g / 8;
-        group.row_begin = static_cast<int32_t>(g == 0 ? 0 : first);
-        group.rows = static_cast<int32_t>(g == 0 ? rows - decodes : next - first);
-      }
-      batch.groups.groups = b.upload(batch.host);
-    }
-    const TensorView x = b.random(rows, kHidden), wide_x = b.random(rows, kFeed), y = b.random(rows, 2 * kFeed),
-                     s = b.random(rows, 3 * rank);
+    auto& ops = static_cast<cuda::CudaOps&>(*b.ops);
+    const LoraLinear& linear = kLinears[i];
+    const TensorView x = b.random(rows, linear.in), y = b.random(rows, columns(linear));
     std::vector<TensorView> w;
-    for (const LoraLinear& linear : kLinears) w.push_back(b.random(columns(linear), linear.in, 0.02f));
-    const auto each = [&](const std::function<void(const LoraLinear&, TensorView, TensorView, TensorView)>& f) {
-      for (int i = 0; i < 4; ++i)
-        f(at_layer(i, 0), i == 3 ? wide_x : x, w[static_cast<size_t>(i)], matrix(y.data, DType::bf16, rows, columns(kLinears[i])));
+    for (int r = 0; r < repeats; ++r) w.push_back(b.random(columns(linear), linear.in, 0.02f));
+    const auto each = [&](const std::function<void(TensorView)>& f) {
+      return b.capture([&] { std::for_each(w.begin(), w.end(), f); });
     };
-    const auto layer = [&] {
-      each([&](const LoraLinear& l, TensorView in, TensorView m, TensorView out) {
-        b.ops->linear_lora(in, m, {}, l, batch.groups, s, out);
-      });
-    };
-    const auto base = [&] {
-      each([&](const LoraLinear&, TensorView in, TensorView m, TensorView out) { b.ops->linear(in, m, {}, out); });
-    };
-    const auto shrink = [&] {
-      each([&](const LoraLinear& l, TensorView in, TensorView, TensorView) { b.ops->lora_shrink(l, batch.groups, in, s); });
-    };
-    const std::vector<double> t = b.time({b.capture(base), b.capture(layer), b.capture(shrink)}, 30);
-    // Launches one by one: what the host needs.
-    const int times = 10;
-    const auto begin = std::chrono::steady_clock::now();
-    for (int i = 0; i < times; ++i) layer();
-    const double host = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() * 1e6 / times;
-    b.ops->device().synchronize();
-    std::printf(" | %6.0f %6.0f %6.0f %6.0f | %6.0f %6.0f %6.0f | %5.0f\n", sums[0], sums[1], sums[2], sums[3], t[0], t[1], t[2],
-                host);
-    const std::string mixed = decodes > 0 ? "mixed_" : "";
-    add(mixed + "layer_base" + suffix, t[0]);
-    add(mixed + "layer_lora" + suffix, t[1]);
-    add(mixed + "layer_shrink" + suffix, t[2]);
-    add(mixed + "layer_host" + suffix, host);
+    const std::vector<double> t =
+        b.time({each([&](TensorView m) { ops.linear(x, m, {}, y); }),
+                each([&](TensorView m) { must(ops.linear_lora_fused(x, m, {}, linear, {}, {}, y)); }),
+                each([&](TensorView m) { ops.linear_backward(y, m, x, false); }),
+                each([&](TensorView m) { must(ops.linear_lora_backward_fused(y, m, linear, {}, {}, x)); })},
+               20);
+    const char* names[] = {"qkv", "o", "gate_up", "down"};
+    const char* ways[] = {"", "one_product_", "dx_", "dx_one_product_"};
+    std::printf(" |");
+    for (int way = 0; way < 4; ++way) {
+      std::printf(" %5.0f", t[static_cast<size_t>(way)] / repeats);
+      add(ways[way] + std::string(names[i]) + suffix, t[static_cast<size_t>(way)] / repeats);
+      sums[way] += t[static_cast<size_t>(way)] / repeats;
+    }
   }
+  Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
+  Batch batch;
+  make_batch(b, batch, rows, decodes > 0 ? 9 : 1, rank, 1, false);
+  if (decodes > 0) {
+    for (int g = 0; g < 9; ++g) {
+      LoraGroup& group = batch.host[static_cast<size_t>(g)];
+      const int64_t first = rows - decodes + int64_t{decodes} * (g - 1) / 8, next = rows - decodes + int64_t{decodes} * g / 8;
+      group.row_begin = static_cast<int32_t>(g == 0 ? 0 : first);
+      group.rows = static_cast<int32_t>(g == 0 ? rows - decodes : next - first);
+    }
+    batch.groups.groups = b.upload(batch.host);
+  }
+  const TensorView x = b.random(rows, kHidden), wide_x = b.random(rows, kFeed), y = b.random(rows, 2 * kFeed),
+                   s = b.random(rows, 3 * rank);
+  std::vector<TensorView> w;
+  for (const LoraLinear& linear : kLinears) w.push_back(b.random(columns(linear), linear.in, 0.02f));
+  const auto each = [&](const std::function<void(const LoraLinear&, TensorView, TensorView, TensorView)>& f) {
+    for (int i = 0; i < 4; ++i)
+      f(at_layer(i, 0), i == 3 ? wide_x : x, w[static_cast<size_t>(i)], matrix(y.data, DType::bf16, rows, columns(kLinears[i])));
+  };
+  const auto layer = [&] {
+    each([&](const LoraLinear& l, TensorView in, TensorView m, TensorView out) {
+      b.ops->linear_lora(in, m, {}, l, batch.groups, s, out);
+    });
+  };
+  const auto base = [&] {
+    each([&](const LoraLinear&, TensorView in, TensorView m, TensorView out) { b.ops->linear(in, m, {}, out); });
+  };
+  const auto shrink = [&] {
+    each([&](const LoraLinear& l, TensorView in, TensorView, TensorView) { b.ops->lora_shrink(l, batch.groups, in, s); });
+  };
+  const std::vector<double> t = b.time({b.capture(base), b.capture(layer), b.capture(shrink)}, 30);
+  // Launches one by one: what the host needs.
+  const int times = 10;
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 0; i < times; ++i) layer();
+  const double host = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() * 1e6 / times;
+  b.ops->device().synchronize();
+  std::printf(" | %6.0f %6.0f %6.0f %6.0f | %6.0f %6.0f %6.0f | %5.0f\n", sums[0], sums[1], sums[2], sums[3], t[0], t[1], t[2],
+              host);
+  const std::string mixed = decodes > 0 ? "mixed_" : "";
+  add(mixed + "layer_base" + suffix, t[0]);
+  add(mixed + "layer_lora" + suffix, t[1]);
+  add(mixed + "layer_shrink" + suffix, t[2]);
+  add(mixed + "layer_host" + suffix, host);
+}
 
 }  // namespace
 
