@@ -69,12 +69,6 @@ __device__ inline void copy_async(uint32_t to, const std::byte* from, bool real)
                "l"(kStreamOnce)
                : "memory");
 }
-__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ inline void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 struct Fragment {
   uint32_t v[4];
 };
@@ -141,11 +135,7 @@ __device__ inline Place find_unit(const DecodeAttentionArgs& a, int index) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int base = 0;; base += kWarp) {
     const int keys = keys_of(a, base + lane), units = units_of(keys) * a.kv_heads;
-    int sum = units;
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const int below = __shfl_up_sync(0xffffffffu, sum, offset);
-      if (lane >= offset) sum += below;
-    }
+    const int sum = warp_prefix_sum(units);
     const unsigned hit = __ballot_sync(0xffffffffu, index < sum);
     if (hit != 0) {
       const int winner = __ffs(static_cast<int>(hit)) - 1;
@@ -347,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_atten
         page = page_of(a, ahead);
       }
     }
-    copies_commit();
+    commit_copies();
     fill = fill + 1 == S::stages ? 0 : fill + 1;
   };
   for (int i = 0; i + 1 < S::stages; ++i) ask(true);
@@ -370,7 +360,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_atten
     Running<T, kD, kN> running;
     running.clear();
     for (int i = 0; i < units; ++i) {
-      copies_wait<S::stages - 2>();
+      wait_copies<S::stages - 2>();
       __syncwarp();  // the copies of all lanes are there, and the stage before has been read
       ask(false);
       const int keys = at.keys - (at.unit + i) * kUnitKeys - warp * kTileKeys;

@@ -129,6 +129,16 @@ __device__ inline V warp_sum(V x) {
   return x;
 }
 
+// Of this lane's value and those of the lanes below it.
+__device__ inline int warp_prefix_sum(int x) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const int below = __shfl_up_sync(0xffffffffu, x, offset);
+    if (lane >= offset) x += below;
+  }
+  return x;
+}
+
 __device__ inline float warp_max(float x) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
   return x;

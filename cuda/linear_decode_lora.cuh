@@ -97,12 +97,7 @@ __device__ inline void list_adapters(const LoraCall& call, Adapters& all) {
       }
       const int own = (group.rows + kTaskRows - 1) / kTaskRows * ((group.ranks + kTaskRanks - 1) / kTaskRanks);
       const unsigned real = __ballot_sync(0xffffffffu, own > 0);
-      int sum = own;
-#pragma unroll
-      for (int offset = 1; offset < kWarp; offset *= 2) {
-        const int below = __shfl_up_sync(0xffffffffu, sum, offset);
-        if (lane >= offset) sum += below;
-      }
+      const int sum = warp_prefix_sum(own);
       if (own > 0) {
         const int at = count + __popc(real & ((1u << lane) - 1));
         all.of[at] = group;

@@ -58,11 +58,7 @@ __device__ inline Tile find_tile(const LoraCall& call, int tile_rows, int index)
       sites = load_kept(&call.groups[g].sites, policy);
       if (sites != 0) tiles = (static_cast<int>(place >> 32) + tile_rows - 1) / tile_rows;
     }
-    int sum = tiles;
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const int below = __shfl_up_sync(0xffffffffu, sum, offset);
-      if (lane >= offset) sum += below;
-    }
+    const int sum = warp_prefix_sum(tiles);
     const unsigned hit = __ballot_sync(0xffffffffu, index < sum);
     if (hit != 0) {
       const int winner = __ffs(static_cast<int>(hit)) - 1;

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR>::kBlocks) tall_kernel(
 #pragma unroll 1
   for (int i = 0; i < own; ++i) {
     wait_copies<S::kStages - 2>();
-    publish_operands();
+    async_fence();
     __syncthreads();  // the piece is there, and nobody multiplies the one before it any more
     load(i + S::kStages - 1);
     const uint32_t stage = base + static_cast<uint32_t>(i % S::kStages * S::kStageBytes);

@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
 #pragma unroll 1
   for (int t = 0; t < steps; ++t) {
     wait_copies<S::kStages - 2>();
-    publish_operands();
+    async_fence();
     __syncthreads();  // the step's operands are there, and nobody multiplies those of the step before any more
     load_rows(t + S::kStages - 1);
     load_ranks(t + S::kStages - 1);

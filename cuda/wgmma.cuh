@@ -8,32 +8,17 @@
 // Sums of a warpgroup's 128 threads: thread t = 32 w + 4 g + q holds rows 16 w + g and 16 w + g + 8, columns 8 n + 2 q and + 1, as
 // sum[4 n .. 4 n + 3] in that order.
 //
-// Order of memory: a thread that wrote operands waits for its copies and calls publish_operands() before the barrier behind which
+// Order of memory: a thread that wrote operands waits for its copies and calls async_fence() before the barrier behind which
 // any thread multiplies; stages are written again only behind a barrier after finish_products().
 #pragma once
 
-#include "common.cuh"
+#include "async.cuh"
 
 namespace loquetier::cuda {
 
 constexpr int kWarpgroup = 128;
 
-__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
 // ---------------------------------------------------------------- copies
-
-// 16 bytes from global to shared memory; zeros when not `real` (the address is then not read).
-__device__ inline void copy16(uint32_t to, const void* from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most kPending of this thread's groups are under way.
-template <int kPending>
-__device__ inline void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-// What this thread has written to shared memory is seen by products (which read through the asynchronous proxy).
-__device__ inline void publish_operands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // A wide tile of kRows rows and 64 kPanels columns, by kThreads threads; rows and columns past the end become zero.
 template <int kRows, int kPanels, int kThreads>
