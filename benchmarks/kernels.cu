@@ -178,34 +178,42 @@ LoraLinear at_layer(int index, int layer) {
   return l;
 }
 
+constexpr const char* kNames[] = {"qkv", "o", "gate_up", "down"};
+
+// Microseconds of a linear's product without adapters: through cuBLASLt and through the kernel that takes LoRA in, forward, then
+// dX. A graph has `repeats` of them, with weights of their own; `times` replays.
+std::vector<double> product_times(int index, int64_t rows, int repeats, int times) {
+  Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
+  auto& ops = static_cast<cuda::CudaOps&>(*b.ops);
+  const LoraLinear& linear = kLinears[index];
+  const TensorView x = b.random(rows, linear.in), y = b.random(rows, columns(linear));
+  std::vector<TensorView> w;
+  for (int r = 0; r < repeats; ++r) w.push_back(b.random(columns(linear), linear.in, 0.02f));
+  const auto each = [&](const std::function<void(TensorView)>& f) {
+    return b.capture([&] { std::for_each(w.begin(), w.end(), f); });
+  };
+  std::vector<double> t = b.time({each([&](TensorView m) { ops.linear(x, m, {}, y); }),
+                                  each([&](TensorView m) { must(ops.linear_lora_fused(x, m, {}, linear, {}, {}, y)); }),
+                                  each([&](TensorView m) { ops.linear_backward(y, m, x, false); }),
+                                  each([&](TensorView m) { must(ops.linear_lora_backward_fused(y, m, linear, {}, {}, x)); })},
+                                 times);
+  for (double& us : t) us /= repeats;
+  return t;
+}
+
 // Each linear's product at 8192 rows, without adapters: cuBLASLt beside the kernel that takes LoRA in.
 void products(const std::function<void(const std::string&, double)>& add) {
   const int64_t rows = 8192;
-  const int repeats = 8;  // with weights of their own
   std::printf("8192 rows, TFLOP/s of %-8s | %9s %9s | %9s %9s\n", "linear", "cuBLASLt", "1 GEMM", "dX", "1 GEMM");
   for (int i = 0; i < 4; ++i) {
-    Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
-    auto& ops = static_cast<cuda::CudaOps&>(*b.ops);
     const LoraLinear& linear = kLinears[i];
-    const TensorView x = b.random(rows, linear.in), y = b.random(rows, columns(linear));
-    std::vector<TensorView> w;
-    for (int r = 0; r < repeats; ++r) w.push_back(b.random(columns(linear), linear.in, 0.02f));
-    const auto each = [&](const std::function<void(TensorView)>& f) {
-      return b.capture([&] { std::for_each(w.begin(), w.end(), f); });
-    };
-    const std::vector<double> t =
-        b.time({each([&](TensorView m) { ops.linear(x, m, {}, y); }),
-                each([&](TensorView m) { must(ops.linear_lora_fused(x, m, {}, linear, {}, {}, y)); }),
-                each([&](TensorView m) { ops.linear_backward(y, m, x, false); }),
-                each([&](TensorView m) { must(ops.linear_lora_backward_fused(y, m, linear, {}, {}, x)); })},
-               300);
-    const double work = 2.0 * static_cast<double>(rows * linear.in * columns(linear)) * repeats / 1e6;
-    const char* names[] = {"qkv", "o", "gate_up", "down"};
-    std::printf("%-27s | %9.0f %9.0f | %9.0f %9.0f\n", names[i], work / t[0], work / t[1], work / t[2], work / t[3]);
-    add(std::string("tflops_") + names[i], work / t[0]);
-    add(std::string("one_product_tflops_") + names[i], work / t[1]);
-    add(std::string("dx_tflops_") + names[i], work / t[2]);
-    add(std::string("dx_one_product_tflops_") + names[i], work / t[3]);
+    const std::vector<double> t = product_times(i, rows, 8, 300);
+    const double work = 2.0 * static_cast<double>(rows * linear.in * columns(linear)) / 1e6;
+    std::printf("%-27s | %9.0f %9.0f | %9.0f %9.0f\n", kNames[i], work / t[0], work / t[1], work / t[2], work / t[3]);
+    add(std::string("tflops_") + kNames[i], work / t[0]);
+    add(std::string("one_product_tflops_") + kNames[i], work / t[1]);
+    add(std::string("dx_tflops_") + kNames[i], work / t[2]);
+    add(std::string("dx_one_product_tflops_") + kNames[i], work / t[3]);
   }
 }
 
@@ -303,33 +311,17 @@ void decode_attention(const std::function<void(const std::string&, double)>& add
 // Microseconds at a number of rows: each linear's product through cuBLASLt and through the kernel that takes LoRA in, forward and
 // dX; then all four with LoRA, one adapter on all rows but the last `decodes`, which belong to eight others.
 void at_rows(int64_t rows, int decodes, int rank, const std::function<void(const std::string&, double)>& add) {
-  const int repeats = 3;
   const std::string suffix = "_us_" + std::to_string(rows);
   std::printf("%5lld", static_cast<long long>(rows));
   double sums[4] = {};
   for (int i = 0; i < 4; ++i) {
-    Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
-    auto& ops = static_cast<cuda::CudaOps&>(*b.ops);
-    const LoraLinear& linear = kLinears[i];
-    const TensorView x = b.random(rows, linear.in), y = b.random(rows, columns(linear));
-    std::vector<TensorView> w;
-    for (int r = 0; r < repeats; ++r) w.push_back(b.random(columns(linear), linear.in, 0.02f));
-    const auto each = [&](const std::function<void(TensorView)>& f) {
-      return b.capture([&] { std::for_each(w.begin(), w.end(), f); });
-    };
-    const std::vector<double> t =
-        b.time({each([&](TensorView m) { ops.linear(x, m, {}, y); }),
-                each([&](TensorView m) { must(ops.linear_lora_fused(x, m, {}, linear, {}, {}, y)); }),
-                each([&](TensorView m) { ops.linear_backward(y, m, x, false); }),
-                each([&](TensorView m) { must(ops.linear_lora_backward_fused(y, m, linear, {}, {}, x)); })},
-               20);
-    const char* names[] = {"qkv", "o", "gate_up", "down"};
+    const std::vector<double> t = product_times(i, rows, 3, 20);
     const char* ways[] = {"", "one_product_", "dx_", "dx_one_product_"};
     std::printf(" |");
     for (int way = 0; way < 4; ++way) {
-      std::printf(" %5.0f", t[static_cast<size_t>(way)] / repeats);
-      add(ways[way] + std::string(names[i]) + suffix, t[static_cast<size_t>(way)] / repeats);
-      sums[way] += t[static_cast<size_t>(way)] / repeats;
+      std::printf(" %5.0f", t[static_cast<size_t>(way)]);
+      add(ways[way] + std::string(kNames[i]) + suffix, t[static_cast<size_t>(way)]);
+      sums[way] += t[static_cast<size_t>(way)];
     }
   }
   Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));

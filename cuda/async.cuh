@@ -1,5 +1,5 @@
-// What the kernels with asynchronous copies and products share (PTX ISA 8, sections on cp.async and on proxies): shared memory by its
-// 32-bit address, copies of 16 bytes a thread.
+// What the kernels with asynchronous copies and products share (PTX ISA 8, sections on cp.async and on proxies): shared memory by
+// its 32-bit address, copies of 16 bytes a thread.
 #pragma once
 
 #include "common.cuh"
