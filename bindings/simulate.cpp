@@ -133,7 +133,8 @@ py::dict run(const ConfigLike& config, const std::string& dtype, double bytes_pe
   p.mlp_share = mlp_share(model);
   if (goal) {
     p.goal = LatencyGoal{goal->first, goal->second};
-    p.slice_rows = slice_rows_for(shape, rates, max_batch_tokens);
+    const bool host = to_dtype(dtype) == DType::f32;  // which is what the CPU backend computes in
+    p.slice_rows = slice_rows_for(shape, rates, slice_seconds(host, goal->second), max_batch_tokens);
     p.slack_rows = slack_rows_for(max_batch_tokens, max_sequences);
   }
   const auto bytes = static_cast<int64_t>(static_cast<double>(adapter_parameters(model, rank)) * shape.bytes_per_value);

@@ -137,9 +137,12 @@ Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options
     if (!weights) weights = place_weights(base, *ops, ops);
     const ModelShape shape = shape_of(config, ops->compute_dtype());
     const DeviceRates rates = measure_rates(*ops, *weights, options.max_batch_tokens);
-    slice_rows = options.slice_rows > 0 ? static_cast<int32_t>(std::min<int64_t>(options.slice_rows, options.max_batch_tokens))
-                 : options.latency      ? slice_rows_for(shape, rates, options.max_batch_tokens)
-                                        : 0;
+    if (options.slice_rows > 0) {
+      slice_rows = static_cast<int32_t>(std::min<int64_t>(options.slice_rows, options.max_batch_tokens));
+    } else if (options.latency) {
+      const double seconds = slice_seconds(ops->device().host_addressable(), options.latency->tpot_ms * 1e-3);
+      slice_rows = slice_rows_for(shape, rates, seconds, options.max_batch_tokens);
+    }
     plan.slice_rows = slice_rows;
     KvCache kv = KvCache::make(*ops, config, kv_pages, options.page_size);
     core = std::make_unique<Core>(std::move(ops), std::move(weights), std::move(kv), static_cast<size_t>(memory.adapter_pool_bytes),

@@ -11,7 +11,8 @@ namespace {
 
 constexpr double kProbeFlops = 2e8;       // of the host's rate: some milliseconds
 constexpr double kDeviceFlops = 2e11;     // of a device's: under a millisecond
-constexpr double kSliceSeconds = 0.8e-3;  // of a slice, so that one is in any case under a millisecond
+constexpr double kSliceSeconds = 0.8e-3;  // of a slice on a device, so that one is in any case under a millisecond
+constexpr double kHostSliceShare = 0.1;   // of the target per token
 constexpr int kProbeRank = 16;
 
 double layer_parameters(const ModelConfig& c) {
@@ -147,10 +148,14 @@ double mlp_share(const ModelConfig& c) {
   return 1 - static_cast<double>(c.hidden_size) * static_cast<double>(c.qkv_columns()) / layer_parameters(c);
 }
 
-int32_t slice_rows_for(const ModelShape& shape, const DeviceRates& rates, int64_t max_rows) {
+double slice_seconds(bool host_addressable, double tpot_seconds) {
+  return host_addressable ? std::max(kSliceSeconds, kHostSliceShare * tpot_seconds) : kSliceSeconds;
+}
+
+int32_t slice_rows_for(const ModelShape& shape, const DeviceRates& rates, double seconds, int64_t max_rows) {
   const double row = 2 * shape.layer_parameters / shape.layers / rates.flops_per_second;
   int64_t rows = kSmallestSlice;
-  while (rows < kLargestSlice && static_cast<double>(2 * rows) * row <= kSliceSeconds) rows *= 2;
+  while (rows < kLargestSlice && static_cast<double>(2 * rows) * row <= seconds) rows *= 2;
   return static_cast<int32_t>(std::min(rows, max_rows));
 }
 

@@ -13,9 +13,13 @@ DeviceRates measure_rates(Ops& ops, const ModelWeights& weights, int64_t max_row
 ModelShape shape_of(const ModelConfig& config, DType dtype);
 double mlp_share(const ModelConfig& config);  // of a layer's products: o, gate and up, down
 
-// Rows of a piece of training whose part of a layer takes about a millisecond, a power of two in this range, at most max_rows.
+// How long a piece of training may take, as an arrival waits for it: under a millisecond on a device of its own. The host, where
+// rows so few cost much more each (a third more time at 32 than at 128 rows, measured), has a tenth of the target per token, if
+// that is more.
+double slice_seconds(bool host_addressable, double tpot_seconds);
+// Rows of a piece of training whose part of a layer takes no longer, a power of two in this range, at most max_rows.
 constexpr int64_t kSmallestSlice = 32, kLargestSlice = 1024;
-int32_t slice_rows_for(const ModelShape& shape, const DeviceRates& rates, int64_t max_rows);
+int32_t slice_rows_for(const ModelShape& shape, const DeviceRates& rates, double seconds, int64_t max_rows);
 // Rows of requests that may share a step with a chunk of training.
 int32_t slack_rows_for(int64_t max_batch_tokens, int64_t max_sequences);
 

@@ -14,6 +14,7 @@
 
 #include "check.h"
 #include "engine/impl.h"
+#include "engine/timing.h"
 #include "engine_inputs.h"
 #include "loquetier/engine.h"
 #include "temp_folder.h"
@@ -350,6 +351,20 @@ TEST(late_requests_are_rejected_when_asked_and_served_otherwise) {
   CHECK_EQ(s.rejected_requests, 1);
   CHECK_EQ(s.deadlines_missed, 2);
   CHECK_EQ(s.deadlines_met, 1);
+}
+
+TEST(a_piece_is_as_long_as_an_arrival_may_wait) {
+  const ModelShape large{.layer_parameters = 7e9, .layers = 32}, small{.layer_parameters = 85e6, .layers = 12};
+  const DeviceRates gpu{.flops_per_second = 7e14}, host{.flops_per_second = 2e11};
+  for (const double tpot : {0.03, 0.15}) {
+    CHECK(slice_seconds(false, tpot) < 1e-3);
+    CHECK_EQ(slice_rows_for(large, gpu, slice_seconds(false, tpot), 8192), 1024);
+  }
+  CHECK_EQ(slice_rows_for(large, gpu, slice_seconds(false, 0.03), 300), 300);
+  // 71 us a row of a layer: a tenth of the target per token.
+  CHECK_EQ(slice_rows_for(small, host, slice_seconds(true, 0.15), 512), 128);
+  CHECK_EQ(slice_rows_for(small, host, slice_seconds(true, 0.05), 512), 64);
+  CHECK_EQ(slice_rows_for(small, host, slice_seconds(true, 0.001), 512), kSmallestSlice);
 }
 
 TEST(bad_targets_are_refused) {
