@@ -371,16 +371,19 @@ TEST(attention_packed_with_more_keys_than_queries) {
   });
 }
 
+static void check_paged(Rig& rig, PagedRig paged, const char* what) {
+  Host want(paged.q.rows, paged.q.cols), lse(paged.q.rows, paged.shape.q_heads);
+  OnDevice dq(rig, paged.q), out(rig, paged.q.rows, paged.q.cols);
+  run_twice({&out}, [&] { rig.ops().attention_paged(dq, paged.layer, paged.kv_shape, paged.batch, paged.shape, out); });
+  reference::attention(paged.q, paged.k, paged.v, paged.sequences, paged.shape, want, lse);
+  expect(what, out.get(), want, rig.bound(1.5e-6));
+}
+
 TEST(attention_paged) {
   for_each_rig([](Rig& rig) {
     for (const AttentionSpec& spec : attention_specs(rig.exact()))
       for (const int32_t page_size : rig.exact() ? std::vector<int32_t>{1, 16, 64, 256} : std::vector<int32_t>{16, 64, 256}) {
-        PagedRig paged(rig, spec, page_size);
-        Host want(paged.q.rows, paged.q.cols), lse(paged.q.rows, paged.shape.q_heads);
-        OnDevice dq(rig, paged.q), out(rig, paged.q.rows, paged.q.cols);
-        run_twice({&out}, [&] { rig.ops().attention_paged(dq, paged.layer, paged.kv_shape, paged.batch, paged.shape, out); });
-        reference::attention(paged.q, paged.k, paged.v, paged.sequences, paged.shape, want, lse);
-        expect("attention_paged", out.get(), want, rig.bound(1.5e-6));
+        check_paged(rig, PagedRig(rig, spec, page_size), "attention_paged");
       }
   });
 }
@@ -389,24 +392,15 @@ TEST(attention_paged_of_decodes) {
   for_each_rig([](Rig& rig) {
     for (const AttentionSpec& spec : decode_specs())
       for (const int32_t page_size : {1, 16, 256}) {
-        PagedRig paged(rig, spec, page_size);
-        Host want(paged.q.rows, paged.q.cols), lse(paged.q.rows, paged.shape.q_heads);
-        OnDevice dq(rig, paged.q), out(rig, paged.q.rows, paged.q.cols);
-        run_twice({&out}, [&] { rig.ops().attention_paged(dq, paged.layer, paged.kv_shape, paged.batch, paged.shape, out); });
-        reference::attention(paged.q, paged.k, paged.v, paged.sequences, paged.shape, want, lse);
-        expect("attention_paged of decodes", out.get(), want, rig.bound(1.5e-6));
+        check_paged(rig, PagedRig(rig, spec, page_size), "attention_paged of decodes");
       }
   });
 }
 
 TEST(attention_paged_over_shared_pages) {
   for_each_rig([](Rig& rig) {
-    PagedRig paged(rig, {8, 2, 128, {{1, 260}, {1, 203}, {1, 193}, {1, 900}}}, 16, 192);
-    Host want(paged.q.rows, paged.q.cols), lse(paged.q.rows, paged.shape.q_heads);
-    OnDevice dq(rig, paged.q), out(rig, paged.q.rows, paged.q.cols);
-    run_twice({&out}, [&] { rig.ops().attention_paged(dq, paged.layer, paged.kv_shape, paged.batch, paged.shape, out); });
-    reference::attention(paged.q, paged.k, paged.v, paged.sequences, paged.shape, want, lse);
-    expect("attention_paged over shared pages", out.get(), want, rig.bound(1.5e-6));
+    const AttentionSpec spec = {8, 2, 128, {{1, 260}, {1, 203}, {1, 193}, {1, 900}}};
+    check_paged(rig, PagedRig(rig, spec, 16, 192), "attention_paged over shared pages");
   });
 }
 
