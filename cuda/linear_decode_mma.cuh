@@ -1,4 +1,5 @@
-// Instructions of the product of decode steps (linear_decode.cu): wgmma with W on the left, and its sums' way through shared memory.
+// Instructions of the product of decode steps (linear_decode.cu): wgmma with W on the left, and its sums' way through shared
+// memory.
 #pragma once
 
 #include <type_traits>
