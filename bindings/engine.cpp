@@ -336,6 +336,9 @@ A training job whose first micro-batch has begun is dropped as a whole, with the
       .def("step", &PyEngine::step, ReleaseGil(),
            R"(Computes one step and returns what it made. One thread at a time, without the GIL.
 
+On a GPU the step after it, when both are of decodes alone, may be under way when this returns: what is submitted now is in the one
+behind that.
+
 Raises InvalidArgument when another thread is in step(), DeviceError, OutOfMemory.)");
 }
 

@@ -268,6 +268,7 @@ void bind_stats(py::module_& m) {
       .field("graph_seconds", &S::graph_seconds)
       .field("step_seconds", &S::step_seconds)
       .field("host_seconds", &S::host_seconds)
+      .field("steps_ahead", &S::steps_ahead)
       .field("training_seconds", &S::training_seconds)
       .field("last_step_seconds", &S::last_step_seconds)
       .field("last_step_predicted", &S::last_step_predicted)

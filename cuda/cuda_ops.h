@@ -35,11 +35,13 @@ class CudaDevice final : public Device {
   void release_host(void* data) noexcept override;
   void copy_to_device(void* dst, const void* host, size_t bytes) override;
   void copy_to_host(void* host, const void* src, size_t bytes) override;
+  void start_copy_to_host(void* host, const void* src, size_t bytes) override;
   void copy_on_device(void* dst, const void* src, size_t bytes) override;
   void zero(void* dst, size_t bytes) override;
   void synchronize() override;
   uint64_t record() override;
   void wait(uint64_t mark) override;
+  bool reached(uint64_t mark) override;
   void side_copy_to_device(void* dst, const void* host, size_t bytes) override;
   void side_follow() override;
   uint64_t side_mark() override;
@@ -108,6 +110,7 @@ class CudaOps final : public Ops {
   std::unique_ptr<StepGraph> capture(const std::function<void()>& work) override;
 
   void embedding(const int32_t* ids, TensorView table, TensorView y) override;
+  void take_tokens(const int32_t* tokens, const int32_t* index, int32_t* ids, int64_t n) override;
   void gather_rows(TensorView x, const int32_t* index, TensorView y) override;
   void scatter_add_rows(TensorView x, const int32_t* index, TensorView y) override;
   void convert(TensorView src, TensorView dst) override;

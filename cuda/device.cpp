@@ -144,8 +144,12 @@ void CudaDevice::copy_to_device(void* dst, const void* host, size_t bytes) {
 }
 
 void CudaDevice::copy_to_host(void* host, const void* src, size_t bytes) {
-  if (bytes > 0) check(cudaMemcpyAsync(host, src, bytes, cudaMemcpyDeviceToHost, stream_), "cudaMemcpyAsync(to host)");
+  start_copy_to_host(host, src, bytes);
   check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+}
+
+void CudaDevice::start_copy_to_host(void* host, const void* src, size_t bytes) {
+  if (bytes > 0) check(cudaMemcpyAsync(host, src, bytes, cudaMemcpyDeviceToHost, stream_), "cudaMemcpyAsync(to host)");
 }
 
 void CudaDevice::copy_on_device(void* dst, const void* src, size_t bytes) {
@@ -164,6 +168,12 @@ uint64_t CudaDevice::record() {
 }
 
 void CudaDevice::wait(uint64_t mark) { check(cudaEventSynchronize(marks_[mark % kMarks]), "cudaEventSynchronize"); }
+
+bool CudaDevice::reached(uint64_t mark) {
+  const cudaError_t status = cudaEventQuery(marks_[mark % kMarks]);
+  if (status != cudaErrorNotReady) check(status, "cudaEventQuery");
+  return status == cudaSuccess;
+}
 
 void CudaDevice::side_copy_to_device(void* dst, const void* host, size_t bytes) {
   if (bytes > 0) check(cudaMemcpyAsync(dst, host, bytes, cudaMemcpyHostToDevice, side_), "cudaMemcpyAsync(to device, beside)");

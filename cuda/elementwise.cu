@@ -27,6 +27,11 @@ __device__ inline bool place(int64_t rows, int64_t cols, int64_t& row, int64_t& 
   return true;
 }
 
+__global__ void take_tokens_kernel(const int32_t* tokens, const int32_t* index, int32_t* ids, int64_t n) {
+  int64_t row, col;
+  if (place<1>(n, 1, row, col) && index[row] >= 0) ids[row] = tokens[index[row]];
+}
+
 // y[i] = x[index[i]]
 template <class T, int N>
 __global__ void gather_kernel(const T* x, int64_t ld_x, const int32_t* index, T* y, int64_t ld_y, int64_t rows, int64_t cols) {
@@ -97,6 +102,12 @@ void CudaOps::embedding(const int32_t* ids, TensorView table, TensorView y) {
   expect("embedding", "table", table, dtype_, -1, -1);
   expect("embedding", "y", y, dtype_, -1, table.cols);
   gather_rows(table, ids, y);
+}
+
+void CudaOps::take_tokens(const int32_t* tokens, const int32_t* index, int32_t* ids, int64_t n) {
+  if (n == 0) return;
+  device_.use();
+  over(n, 1, stream())(take_tokens_kernel, tokens, index, ids, n);
 }
 
 void CudaOps::gather_rows(TensorView x, const int32_t* index, TensorView y) {

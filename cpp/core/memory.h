@@ -26,6 +26,8 @@ class Device {
   virtual void release_host(void* data) noexcept = 0;
   virtual void copy_to_device(void* dst, const void* host, size_t bytes) = 0;  // asynchronous from pinned memory
   virtual void copy_to_host(void* host, const void* src, size_t bytes) = 0;    // returns when the bytes are there
+  // In the order of the stream, to pinned memory; the bytes are there when a mark behind it is reached.
+  virtual void start_copy_to_host(void* host, const void* src, size_t bytes) { copy_to_host(host, src, bytes); }
   virtual void copy_on_device(void* dst, const void* src, size_t bytes) = 0;
   virtual void zero(void* dst, size_t bytes) = 0;
   virtual void synchronize() = 0;
@@ -34,6 +36,10 @@ class Device {
   static constexpr uint64_t kMarks = 16;
   virtual uint64_t record() { return 0; }
   virtual void wait(uint64_t mark) { static_cast<void>(mark); }
+  virtual bool reached(uint64_t mark) {  // whether wait() would return at once
+    static_cast<void>(mark);
+    return true;
+  }
 
   // A second queue, for copies beside the step's work (adapters fetched ahead). Its copies are ordered among themselves; between
   // the queues there is only the order asked for here. The host memory must stay as it is until the copy is done. Where there is no

@@ -34,7 +34,9 @@ class Blob {
   // Empties it and makes room for `bytes`; pointers given out before are dead.
   void begin(size_t bytes) {
     used_ = 0;
-    if (host_.bytes() < bytes) reserve(bytes + bytes / 2);
+    if (host_.bytes() >= bytes) return;
+    device_->synchronize();  // a step under way may still use what it outgrows
+    reserve(bytes + bytes / 2);
   }
   size_t device_bytes() const { return device_->host_addressable() ? host_.bytes() : remote_.bytes(); }
 
@@ -57,10 +59,8 @@ class Blob {
   void upload() {
     if (!device_->host_addressable() && used_ > 0) device_->copy_to_device(remote_.data(), host_.data(), used_);
   }
-  void download() {  // waits
-    if (used_ == 0) return;
-    if (device_->host_addressable()) device_->synchronize();
-    else device_->copy_to_host(host_.data(), remote_.data(), used_);
+  void start_download() {  // there when a mark behind it is reached
+    if (!device_->host_addressable() && used_ > 0) device_->start_copy_to_host(host_.data(), remote_.data(), used_);
   }
 
  private:

@@ -100,6 +100,7 @@ Core::Core(std::shared_ptr<Ops> ops_in, std::shared_ptr<const ModelWeights> weig
       micro_metadata(ops->device()),
       chunk_metadata(ops->device()),
       results(ops->device()),
+      ahead_results(ops->device()),
       chunk_results(ops->device()),
       graphs(*ops, model, use_graphs) {}
 
@@ -155,6 +156,7 @@ Engine::Impl::Impl(std::shared_ptr<const BaseModel> model, EngineOptions options
                              "memory_fraction when something else takes of it):\n",
                              memory.table()));
   }
+  goes_ahead = !lazy;
   core->stats.weight_bytes = static_cast<int64_t>(core->weights->bytes());
   core->stats.kv_bytes = static_cast<int64_t>(core->kv.storage.bytes());
   core->stats.kv_pages = kv_pages;
@@ -176,6 +178,7 @@ void Engine::Impl::reserve(const OpsLimits& most) {
   c.micro_metadata.reserve(tables.micro);
   c.chunk_metadata.reserve(tables.chunk);
   c.results.reserve(tables.results);
+  c.ahead_results.reserve(tables.results);
   c.chunk_results.reserve(tables.chunk_results);
   if (options.latency) c.ops->warm_up(c.model.config().attention(), c.kv.shape);  // else the steps that are first take the time
   c.pool.reserve_tables(table_slots(options), static_cast<size_t>(site_count(c.model.config())) * sizeof(LoraSite));
@@ -380,6 +383,10 @@ void Engine::close() {
   impl_->registry.clear();
   impl_->inbox.clear();
   impl_->live.clear();
+  try {
+    impl_->drop_ahead();
+  } catch (const DeviceError&) {  // it answers no more: there is nothing to wait for
+  }
   impl_->core.reset();
 }
 

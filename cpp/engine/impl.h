@@ -3,7 +3,8 @@
 //   nothing else. step_lock  everything in Core: planner, pool, requests, jobs, device memory. Held for a whole step, and by calls
 //   that touch adapters' weights.
 // Order when both are taken: step_lock, then front. A step is: take in the inbox, plan, pin adapters, upload, forward and heads,
-// slices of training (training.cpp), optimizer, download, commit, publish (step.cpp, observe.cpp).
+// slices of training (training.cpp), optimizer, download, the next step behind it (ahead.cpp), commit, publish (step.cpp,
+// observe.cpp).
 #pragma once
 
 #include <atomic>
@@ -43,6 +44,16 @@ struct RemoveCommand {
 };
 using Command = std::variant<Request, Job, CancelCommand, RemoveCommand>;
 
+// A step of decodes that was planned and launched while the one before it ran; the planner takes it for done.
+struct StepAhead {
+  Plan plan;
+  StepBatch batch;  // its results are in Core::ahead_results
+  std::vector<std::shared_ptr<AdapterWeights>> pinned;
+  StepWork work;
+  double serving_share = 0;
+  uint64_t mark = 0;  // of the device, behind it
+};
+
 struct Core {
   std::shared_ptr<Ops> ops;  // first: everything below lives in its memory
   std::shared_ptr<const ModelWeights> weights;
@@ -56,17 +67,19 @@ struct Core {
   RequestTable requests;
   JobTable jobs;
   Blob metadata, micro_metadata, chunk_metadata;  // of a step, of the micro-batch, of a chunk that runs layer by layer
-  Blob results, chunk_results;
+  Blob results, ahead_results, chunk_results;
   Buffer saved_storage, scratch_storage;  // reserved at start; where memory is the host's, grown when a step needs more
   DecodeGraphs graphs;
   std::optional<MicroBatch> micro;
   std::optional<std::pair<Plan, StepBatch>> finished_chunk;  // its losses are in chunk_results
   std::deque<uint64_t> launched;                             // marks of pieces that the device may not have done yet
-  bool committed = false;                                    // the planner was told that the current plan was computed
-  StepWork work;                                             // that the step did
-  double serving_share = 0;                                  // of its predicted time: rows of requests
-  StepResult events;                                         // not yet handed out
-  std::vector<int64_t> ended;                                // ids of events, to be taken off the live list
+  uint64_t uploaded = 0;                                     // mark behind the last upload of `metadata`
+  std::optional<StepAhead> ahead;
+  bool committed = false;      // the planner was told that the current plan was computed
+  StepWork work;               // that the step did
+  double serving_share = 0;    // of its predicted time: rows of requests
+  StepResult events;           // not yet handed out
+  std::vector<int64_t> ended;  // ids of events, to be taken off the live list
   EngineStats stats;
 
   Core(std::shared_ptr<Ops> ops, std::shared_ptr<const ModelWeights> weights, KvCache kv, size_t pool_bytes, const CostModel& cost,
@@ -107,7 +120,10 @@ struct Engine::Impl {
   // ---- step lock
   mutable FairMutex step_lock;
   std::atomic<bool> stepping{false};
+  double entered = 0;          // when step() was
   double waiting_seconds = 0;  // of the step under way: for the device, or computing where that is the host
+  double results_there = 0;    // when the last step's were
+  double ahead_seconds = 0;    // that it took to plan and launch the last step ahead
   std::unique_ptr<Core> core;
   StepBudget budget;                             // no limit; tests cut backward at random places
   std::function<void(const char* phase)> probe;  // called between phases; tests throw from it
@@ -140,6 +156,7 @@ struct Engine::Impl {
 
   // the step (step.cpp)
   StepResult step();
+  void plan_and_run();
   void fail(const DeviceError& error);
   void take_in();
   void take_in(Request&& request);
@@ -149,18 +166,29 @@ struct Engine::Impl {
   void forget_if_unused(const AdapterPtr& adapter);
   void run(const Plan& plan);
   WeightTableOfStep weights_of(const Plan& plan);
+  StepContext context_of(const WeightTableOfStep& weights) const;
   void reserve_step(const Plan& plan, const StepBatch& batch);
   void run_forward(const Plan& plan, const StepBatch& batch);
   void update(const StepBatch& batch);
   void prefetch();
   void reject_late();
-  void collect(const Plan& plan, const StepBatch& batch, StepOutcome outcome);
+  void finish(const Plan& plan, const StepBatch& batch, StepOutcome outcome, double launching);
+  std::vector<int64_t> commit(const Plan& plan, const StepOutcome& outcome);
+  void collect(const Plan& plan, const StepBatch& batch, const std::vector<int64_t>& completed);
   void collect_losses(const Plan& plan, const StepBatch& batch);
   void collect_tokens(const Plan& plan, const StepBatch& batch);
   void complete_jobs(const std::vector<int64_t>& completed, const StepBatch& batch);
   void recover(const Plan& plan, const std::string& what);
   void finish_request(int64_t id, FinishReason reason, const std::string& error = {});
   void finish_job(int64_t id, const std::string& reason);
+
+  // the next step behind this one (ahead.cpp)
+  bool goes_ahead = false;  // the device works while the host does something else
+  void launch_ahead(const Plan& plan, const StepBatch& batch, double begin, uint64_t done);
+  bool waits_to_go_ahead(const Plan& plan, double begin, uint64_t done);
+  bool launch_behind(const Plan& next, const StepBatch& batch, const std::unordered_map<int64_t, int32_t>& awaited);
+  void finish_ahead();
+  void drop_ahead();
 
   // training in pieces (training.cpp)
   static constexpr size_t kAhead = 2;
@@ -179,11 +207,27 @@ struct Engine::Impl {
   void note_work(const Plan& plan, const StepOutcome& outcome);
   void note_rows(const Plan& plan, double begin);
   void finish_record(Request& request) const;
-  void observe(const Plan& plan, double begin, double planned);
+  void observe(const Plan& plan, double begin, double planned, bool timed = true);
   void publish();
   void mark(const char* phase) const {
     if (probe) probe(phase);
   }
+};
+
+// Runs `undo` when the scope ends, unless dismissed.
+template <class F>
+class Finally {
+ public:
+  explicit Finally(F undo) : undo_(std::move(undo)) {}
+  Finally(const Finally&) = delete;
+  ~Finally() {
+    if (wanted_) undo_();
+  }
+  void dismiss() { wanted_ = false; }
+
+ private:
+  F undo_;
+  bool wanted_ = true;
 };
 
 // Grows a block when a step needs more than any before it.

@@ -41,8 +41,8 @@ Recompute recompute_of(const EngineOptions& options);
 // What a step's tables and results take at most, and those of training in pieces.
 struct TableBytes {
   size_t metadata = 0, micro = 0, chunk = 0;
-  size_t results = 0, chunk_results = 0;
-  size_t total() const { return metadata + micro + chunk + results + chunk_results; }
+  size_t results = 0, chunk_results = 0;  // results: of a step, and again of the one launched behind it
+  size_t total() const { return metadata + micro + chunk + 2 * results + chunk_results; }
 };
 TableBytes table_bytes(const ModelConfig& config, const EngineOptions& options, int64_t kv_pages);
 

@@ -65,19 +65,19 @@ void Engine::Impl::finish_record(Request& r) const {
   result.deadline_met = wanted < 0 || (r.first_token >= 0 ? r.first_token : end) <= wanted;
 }
 
-// The step is over: what it took teaches the cost model.
-void Engine::Impl::observe(const Plan& plan, double begin, double planned) {
+// The step is over: what it took teaches the cost model, when that is known.
+void Engine::Impl::observe(const Plan& plan, double begin, double planned, bool timed) {
   Core& c = *core;
   const double end = now(), seconds = end - begin;
   c.stats.steps += 1;
-  c.stats.step_seconds += seconds;
-  c.stats.host_seconds += seconds - waiting_seconds;
+  c.stats.step_seconds += end - entered;
+  c.stats.host_seconds += end - entered - waiting_seconds;
   if (plan.empty()) return;
   const double predicted = c.cost.predict(c.work);
   c.stats.last_step_seconds = seconds;
   c.stats.last_step_predicted = predicted;
   c.stats.training_seconds += seconds * (1 - c.serving_share);
-  c.cost.observe(c.work, seconds);
+  if (timed) c.cost.observe(c.work, seconds);
   if (!trace) return;
   trace->event("plan", begin, planned, {});
   trace->event("step", begin, end,
@@ -116,7 +116,7 @@ void Engine::Impl::publish() {
   s.saved_bytes = static_cast<int64_t>(c.saved_storage.bytes());
   s.scratch_bytes = static_cast<int64_t>(c.scratch_storage.bytes());
   size_t tables = c.pool.tables_bytes();
-  for (const Blob* blob : {&c.metadata, &c.micro_metadata, &c.chunk_metadata, &c.results, &c.chunk_results})
+  for (const Blob* blob : {&c.metadata, &c.micro_metadata, &c.chunk_metadata, &c.results, &c.ahead_results, &c.chunk_results})
     tables += blob->device_bytes();
   s.metadata_bytes = static_cast<int64_t>(tables);
   s.workspace_bytes = static_cast<int64_t>(c.ops->workspace_bytes());

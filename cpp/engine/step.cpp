@@ -11,19 +11,6 @@
 
 namespace loquetier {
 
-namespace {
-
-// Runs `undo` when the scope ends.
-template <class F>
-struct Finally {
-  F undo;
-  explicit Finally(F f) : undo(std::move(f)) {}
-  Finally(const Finally&) = delete;
-  ~Finally() { undo(); }
-};
-
-}  // namespace
-
 void ensure(Buffer& buffer, Device& device, size_t bytes) {
   if (buffer.bytes() >= bytes) return;
   buffer = Buffer();  // give back first: the two need not fit together
@@ -38,15 +25,36 @@ StepResult Engine::Impl::step() {
     std::lock_guard guard(front);
     require_usable();
   }
-  const double begin = now();
+  entered = now();
   waiting_seconds = 0;
   try {
     take_in();
+    if (core->ahead &&
+        std::ranges::none_of(core->ahead->plan.segments, [&](const Segment& s) { return core->requests.contains(s.id); })) {
+      drop_ahead();
+    }
   } catch (const DeviceError& error) {
     fail(error);
     throw;
   }
   reject_late();
+  if (core->ahead) {
+    try {
+      finish_ahead();
+    } catch (const DeviceError& error) {
+      fail(error);
+      publish();
+      throw;
+    }
+  } else {
+    plan_and_run();
+  }
+  StepResult result = std::exchange(core->events, {});
+  publish();
+  return result;
+}
+
+void Engine::Impl::plan_and_run() {
   budget.now = now();
   const Plan plan = core->planner.plan(budget);
   const double planned = now();
@@ -66,10 +74,7 @@ StepResult Engine::Impl::step() {
   } else {
     core->planner.commit(plan, {.now = planned});
   }
-  observe(plan, begin, planned);
-  StepResult result = std::exchange(core->events, {});
-  publish();
-  return result;
+  observe(plan, entered, planned);
 }
 
 void Engine::Impl::fail(const DeviceError& error) {
@@ -214,12 +219,7 @@ void Engine::Impl::run(const Plan& plan) {
 
   if (!plan.micro_batch.empty()) begin_micro_batch(plan, weights);
   note_rows(plan, budget.now);
-  const int32_t graph_rows =
-      c.graphs.enabled() ? static_cast<int32_t>(std::min<int64_t>(kMostDecodeRows, options.max_batch_tokens)) : 0;
-  const auto head_rows = static_cast<int32_t>(head_chunk(options, c.ops->device().host_addressable()));
-  const StepContext context{
-      c.model.config(),      c.planner, c.adapters, c.requests, c.jobs, weights, options.page_size, c.micro ? &*c.micro : nullptr,
-      options.max_lora_rank, head_rows, graph_rows};
+  const StepContext context = context_of(weights);
   // A chunk that runs layer by layer has a batch of its own.
   Plan beside;
   const bool apart = plan.forward_slices > 0 && !plan.resumes;
@@ -230,8 +230,8 @@ void Engine::Impl::run(const Plan& plan) {
   reserve_step(plan, batch);
   if (c.micro && plan.backward_slices > 0) refresh_micro_batch(*c.micro, c.micro_metadata);
   c.metadata.upload();
+  c.uploaded = c.ops->device().record();
   mark("uploaded");
-  const bool computes = c.ops->device().host_addressable();  // then the calls below return when the work is done
   const double launching = now();
 
   if (batch.view.rows > 0) run_forward(plan, batch);
@@ -244,13 +244,38 @@ void Engine::Impl::run(const Plan& plan) {
   if (ended && batch.updates.job_count > 0) update(batch);
   mark("optimizer");
   prefetch();
-  const double waiting = computes ? launching : now();
-  c.results.download();
-  if (c.finished_chunk) c.chunk_results.download();
-  if (batch.view.head_count == 0 && batch.updates.job_count == 0) c.ops->device().synchronize();  // nothing else waited
-  waiting_seconds += now() - waiting;
-  mark("downloaded");
-  collect(plan, batch, outcome);
+  finish(plan, batch, outcome, launching);
+}
+
+StepContext Engine::Impl::context_of(const WeightTableOfStep& weights) const {
+  const Core& c = *core;
+  const int32_t graph_rows =
+      c.graphs.enabled() ? static_cast<int32_t>(std::min<int64_t>(kMostDecodeRows, options.max_batch_tokens)) : 0;
+  const auto head_rows = static_cast<int32_t>(head_chunk(options, c.ops->device().host_addressable()));
+  return {
+      c.model.config(),      c.planner, c.adapters, c.requests, c.jobs, weights, options.page_size, c.micro ? &*c.micro : nullptr,
+      options.max_lora_rank, head_rows, graph_rows};
+}
+
+// What was launched from `launching` on: launches the next step behind it where that can be, and takes its results.
+void Engine::Impl::finish(const Plan& plan, const StepBatch& batch, StepOutcome outcome, double launching) {
+  Core& c = *core;
+  Device& device = c.ops->device();
+  c.results.start_download();
+  if (c.finished_chunk) c.chunk_results.start_download();
+  const uint64_t done = device.record();
+  launch_ahead(plan, batch, launching, done);
+  const double waiting = device.host_addressable() ? launching : now();  // there the calls returned when the work was done
+  device.wait(done);
+  results_there = now();
+  waiting_seconds += results_there - waiting;
+  std::vector<int64_t> completed;
+  if (!c.committed) {
+    mark("downloaded");
+    outcome.now = now();
+    completed = commit(plan, outcome);
+  }
+  collect(plan, batch, completed);
 }
 
 // Memory of the step: what its batch, the slices behind it, and a micro-batch that begins need.
@@ -323,12 +348,15 @@ void Engine::Impl::prefetch() {
 
 // ---------------------------------------------------------------- results
 
-void Engine::Impl::collect(const Plan& plan, const StepBatch& batch, StepOutcome outcome) {
-  Core& c = *core;
+std::vector<int64_t> Engine::Impl::commit(const Plan& plan, const StepOutcome& outcome) {
   note_work(plan, outcome);
-  outcome.now = now();
-  const std::vector<int64_t> completed = c.planner.commit(plan, outcome);
-  c.committed = true;
+  std::vector<int64_t> completed = core->planner.commit(plan, outcome);
+  core->committed = true;
+  return completed;
+}
+
+void Engine::Impl::collect(const Plan& plan, const StepBatch& batch, const std::vector<int64_t>& completed) {
+  Core& c = *core;
   c.stats.train_tokens += plan.rows[0];
   c.stats.eval_tokens += plan.rows[1];
   c.stats.prefill_tokens += plan.rows[2];
@@ -404,7 +432,9 @@ void Engine::Impl::collect_tokens(const Plan& plan, const StepBatch& batch) {
   c.events.tokens.reserve(c.events.tokens.size() + batch.heads.size() - static_cast<size_t>(batch.sample_begin));
   for (size_t i = static_cast<size_t>(batch.sample_begin); i < batch.heads.size(); ++i) {
     const Segment& s = plan.segments[static_cast<size_t>(batch.heads[i].segment)];
-    Request& r = c.requests.at(s.id);
+    const auto found = c.requests.find(s.id);
+    if (found == c.requests.end()) continue;  // ended while this step was under way
+    Request& r = found->second;
     TokenEvent event;
     event.request_id = s.id;
     event.index = static_cast<int64_t>(r.result.token_ids.size());

@@ -55,6 +55,7 @@ class Builder {
     pack_groups(in);
     pack_heads(in);
     pack_updates(in);
+    pack_awaited(in);
     out.begin(results_bytes(n));
     carve_results(out);
     return std::move(step_);
@@ -141,7 +142,7 @@ class Builder {
     row.seed = r.seed;
     row.index = static_cast<int64_t>(tokens.size()) - r.prompt_length;
     row.history_begin = static_cast<int32_t>(sampling_.history.size());
-    if (p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0) {
+    if (reads_history(p)) {
       sampling_.history.insert(sampling_.history.end(), tokens.begin(), tokens.end());
       row.prompt_length = static_cast<int32_t>(r.prompt_length);
       row.output_length = static_cast<int32_t>(row.index);
@@ -215,7 +216,7 @@ class Builder {
       ids.host[row] = positions.host[row] = 0;
       slots.host[row] = -1;
     }
-    view().ids = ids.device;
+    view().ids = step_.ids = ids.device;
     view().positions = positions.device;
     view().kv_slots = slots.device;
   }
@@ -438,6 +439,18 @@ class Builder {
                      jobs.device,    jobs.host,    static_cast<int32_t>(adam_jobs_.size())};
   }
 
+  // Behind all that a graph reads, whose places do not depend on it.
+  void pack_awaited(Blob& in) {
+    if (!context_.awaited) return;
+    const auto rows = in.take<int32_t>(static_cast<size_t>(view().rows));
+    std::fill_n(rows.host, view().rows, -1);
+    for (const Segment& s : plan_.segments) {
+      const auto found = context_.awaited->find(s.id);
+      if (found != context_.awaited->end()) rows.host[s.row_begin + s.rows - 1] = found->second;
+    }
+    step_.awaited = rows.device;
+  }
+
   void carve_results(Blob& out) {
     const auto heads = static_cast<size_t>(view().head_count), samples = sampling_.rows.size(),
                columns = static_cast<size_t>(step_.top_columns);
@@ -470,9 +483,13 @@ class Builder {
 
 }  // namespace
 
+bool reads_history(const SamplingParams& p) {
+  return p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0;
+}
+
 size_t metadata_bytes(const BatchCounts& n) {
   const size_t chunks = n.heads / static_cast<size_t>(kHeadSlice) + 4;
-  size_t bytes = n.rows * (3 * sizeof(int32_t) + sizeof(uint64_t));
+  size_t bytes = n.rows * (4 * sizeof(int32_t) + sizeof(uint64_t));
   bytes += n.segments * (16 * sizeof(int32_t) + 3 * sizeof(LoraGroup)) + n.paged * n.pages * sizeof(int32_t);
   bytes += (n.segments + chunks) * sizeof(LoraGroup) + n.samples * sizeof(SampleRow);
   bytes += n.heads * (sizeof(int32_t) + sizeof(LossRow) + sizeof(uint64_t)) + n.words * sizeof(int32_t);

@@ -33,7 +33,12 @@ struct StepContext {
   int32_t max_rank = 0;               // of one projection
   int32_t head_chunk = kHeadSlice;    // rows of a vocabulary product with a loss
   int32_t most_graph_rows = 0;        // steps of decodes alone up to this bucket are laid out for a graph; 0: none
+  // By request: the head row, of the step under way, that samples its last token. That token is not known yet.
+  const std::unordered_map<int64_t, int32_t>* awaited = nullptr;
 };
+
+// Whether its tokens depend on all of those before, and not on the last one alone.
+bool reads_history(const SamplingParams& sampling);
 
 // Which segment a head row belongs to, and which of its targets (train, eval) or prompt positions (prefill).
 struct HeadRef {
@@ -44,15 +49,17 @@ struct HeadRef {
 struct StepBatch {
   BatchView view;
   std::optional<DecodeShape> decode;  // the layout, when it is by buckets
-  std::vector<HeadRef> heads;         // [view.head_count]
-  int64_t largest_chunk = 0;          // rows of the largest of view.chunks
-  int32_t sample_begin = 0;           // first head row that samples
-  std::vector<int64_t> update_jobs;   // jobs of plan.completed_jobs that end with an optimizer step, in order
-  AdamBatch updates;                  // one AdamJob per entry of update_jobs
-  Both<float> logprob;                // [head_count]
-  Both<float> loss;                   // [head_count]
-  Both<int32_t> sampled;              // [head_count]
-  Both<int32_t> top_ids;              // [samples, top_columns]
+  int32_t* ids = nullptr;             // view.ids
+  const int32_t* awaited = nullptr;  // [view.rows] device: head row of the step under way that samples the row's id, or -1; or null
+  std::vector<HeadRef> heads;        // [view.head_count]
+  int64_t largest_chunk = 0;         // rows of the largest of view.chunks
+  int32_t sample_begin = 0;          // first head row that samples
+  std::vector<int64_t> update_jobs;  // jobs of plan.completed_jobs that end with an optimizer step, in order
+  AdamBatch updates;                 // one AdamJob per entry of update_jobs
+  Both<float> logprob;               // [head_count]
+  Both<float> loss;                  // [head_count]
+  Both<int32_t> sampled;             // [head_count]
+  Both<int32_t> top_ids;             // [samples, top_columns]
   Both<float> top_logprobs;
   int32_t top_columns = 0;
   Both<float> norms;  // [update_jobs]

@@ -31,8 +31,9 @@ void Planner::State::check_invariants() const {
     require<std::logic_error>(r.state == RequestState::decoding ? r.remaining() <= 1 : r.remaining() > 0, "[planner] request ", id,
                               " has ", r.remaining(), " tokens to compute, which is not its state");
     const bool exact = cacheable(r, r.kv_epoch);
-    require<std::logic_error>(!exact || r.cached_pages == r.computed / config.page_size, "[planner] request ", id, ": expected ",
-                              r.computed / config.page_size, " pages in the prefix cache, got ", r.cached_pages);
+    const int64_t full = std::min(r.computed, r.length() - r.awaits) / config.page_size;
+    require<std::logic_error>(!exact || r.cached_pages == full, "[planner] request ", id, ": expected ", full,
+                              " pages in the prefix cache, got ", r.cached_pages);
     for (size_t i = 0; i < r.pages.size(); ++i) {
       ++references[static_cast<size_t>(r.pages[i])];
       const bool cached = exact && static_cast<int64_t>(i) < r.cached_pages;

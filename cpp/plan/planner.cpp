@@ -135,9 +135,26 @@ void Planner::abandon_backward() {
 void Planner::append_token(int64_t request, int32_t token) {
   require_closed(state_->open, "append_token");
   PlannedRequest& r = state_->find_request(request, "append_token");
-  require<std::logic_error>(r.state == RequestState::decoding && r.computed == r.length(), "[planner] append_token: request ",
-                            request, " did not sample in the last step");
-  require(r.length() < r.token_limit, "[planner] append_token: request ", request, " has all its ", r.token_limit - r.prompt_tokens,
+  if (!r.awaits) {
+    state_->add_token(r, token, "append_token");
+    return;
+  }
+  r.tokens.back() = token;
+  r.awaits = false;
+  if (r.computed / state_->config.page_size > r.cached_pages) state_->cache_full_pages(r);
+}
+
+void Planner::expect_token(int64_t request) {
+  require_closed(state_->open, "expect_token");
+  PlannedRequest& r = state_->find_request(request, "expect_token");
+  state_->add_token(r, 0, "expect_token");
+  r.awaits = true;
+}
+
+void Planner::State::add_token(PlannedRequest& r, int32_t token, const char* caller) {
+  require<std::logic_error>(r.state == RequestState::decoding && r.computed == r.length(), "[planner] ", caller, ": request ", r.id,
+                            " did not sample in the last step");
+  require(r.length() < r.token_limit, "[planner] ", caller, ": request ", r.id, " has all its ", r.token_limit - r.prompt_tokens,
           " tokens");
   r.tokens.push_back(token);
 }
@@ -207,7 +224,7 @@ std::vector<int64_t> Planner::State::commit(const Plan& plan, const StepOutcome&
     r->computed += r->planned;
     r->planned = 0;
     r->last_served = clock;
-    if (r->computed / config.page_size > r->cached_pages) cache_full_pages(*r);
+    if (!r->awaits && r->computed / config.page_size > r->cached_pages) cache_full_pages(*r);
     if (r->state == RequestState::prefilling && r->computed == r->length()) {
       prompts.remove(*r);
       r->state = RequestState::decoding;

@@ -135,16 +135,20 @@ class Planner {
   std::vector<int64_t> late(double now) const;
   // Decides the next step. Must be followed by commit() or abort() of the same plan before anything else but queries.
   Plan plan(const StepBudget& budget = {});
-  // The step was computed: positions advance, full pages become cacheable, completed jobs are forgotten. Returns the jobs whose
-  // last gradient or loss is in: Plan::completed_jobs, less those whose slices did not all run.
+  // The step was computed, or will be before anything else of this device is: positions advance, full pages become cacheable,
+  // completed jobs are forgotten. Returns the jobs whose last gradient or loss is in: Plan::completed_jobs, less those whose slices
+  // did not all run.
   std::vector<int64_t> commit(const Plan& plan, const StepOutcome& outcome = {});
   // What of an open plan was done, for CostModel::observe().
   StepWork work_of(const Plan& plan, const StepOutcome& outcome) const;
   // The step was not computed: the same work is planned again. Rows, jobs and the pending backward are as before plan(); only the
   // pre-empted stay so (the step may have written to their pages).
   void abort(const Plan& plan);
-  // A token was sampled for a running request (after commit of the step that made it).
+  // A token was sampled for a running request (after commit of the step that made it), or the one that was expected is there.
   void append_token(int64_t request, int32_t token);
+  // The token that the last step samples is on its way, and the request does not end with it: the next plan may have its row. Until
+  // append_token() the request's last token stands for it, and a page that it fills is not an entry of the prefix cache.
+  void expect_token(int64_t request);
 
   std::span<const int32_t> tokens(int64_t request) const;  // prompt and generated
   std::span<const int32_t> pages(int64_t request) const;   // page table, in order of position

@@ -82,6 +82,8 @@ struct Planner::State {
   void finish(PlannedRequest& request);
   void check_invariants() const;
   PlannedRequest& find_request(int64_t id, const char* caller);
+  void add_token(PlannedRequest& request, int32_t token, const char* caller);
+  void cache_full_pages(PlannedRequest& request);
 
  private:
   enum class Serve { served, no_room, no_pages, no_slot };
@@ -136,7 +138,6 @@ struct Planner::State {
   void enter_running(PlannedRequest& request);
   void leave_running(PlannedRequest& request);
   void release_pages(PlannedRequest& request, size_t keep);
-  void cache_full_pages(PlannedRequest& request);
   int64_t pages_for(int64_t tokens) const { return (tokens + config.page_size - 1) / config.page_size; }
   int64_t missing_prompt_pages(const PlannedRequest& r) const {
     return pages_for(r.length()) - static_cast<int64_t>(r.pages.size());

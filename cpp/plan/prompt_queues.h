@@ -38,6 +38,7 @@ struct PlannedRequest {
   double due = 0;  // when the next one is, with a goal; valid from the first token on
   RequestState state = RequestState::waiting;
   std::vector<int32_t> tokens;                 // prompt and generated
+  bool awaits = false;                         // the last of them is not known yet: a place for it
   std::vector<int32_t> pages;                  // in order of position
   int64_t computed = 0;                        // tokens whose keys and values are in the pages
   uint64_t last_served = 0;                    // clock

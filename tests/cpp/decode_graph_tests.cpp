@@ -140,15 +140,16 @@ TEST(every_number_of_sequences_around_a_bucket) {
       for (const auto& [id, r] : drain(*hosted.engine).requests) answers[use_graphs].push_back(r.token_ids);
       CHECK_EQ(hosted->stats().graph_replays > 0, use_graphs);
       if (!use_graphs) continue;
-      // A replayed step launches its heads only: a gather, the vocabulary product and the sampling.
+      // A replayed step launches its heads only, a gather, the vocabulary product and the sampling; and takes its tokens, when it
+      // is launched behind another one.
       for (int i = 0; i < n; ++i) hosted->submit_infer(tokens(random, 3), infer("", 12));
       int64_t fewest = 1000;
       while (hosted->has_work()) {
-        const int64_t calls = hosted.ops->calls;
+        const int64_t calls = hosted.ops->calls, ahead = hosted->stats().steps_ahead;
         hosted->step();
-        fewest = std::min(fewest, hosted.ops->calls - calls);
+        if (hosted->stats().steps_ahead > ahead) fewest = std::min(fewest, hosted.ops->calls - calls);
       }
-      CHECK_EQ(fewest, 3);
+      CHECK_EQ(fewest, 4);
     }
     CHECK(answers[0] == answers[1]);
   }

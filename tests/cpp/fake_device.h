@@ -1,10 +1,13 @@
 // A device that is not the host's memory, for tests of everything that only moves bytes: it checks that each copy stays inside one
-// live allocation and does not overlap itself, poisons what it hands out and takes back, and refuses allocations on demand. FakeOps
-// is a backend of such a device whose computations throw.
+// live allocation and does not overlap itself, poisons what it hands out and takes back, and refuses allocations on demand. When it
+// is lazy it is as slow as a device may be: work is done when somebody waits for it, with what host memory then holds. FakeOps is a
+// backend of such a device whose computations throw.
 #pragma once
 
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -24,18 +27,28 @@ class FakeDevice : public Device {
 
   std::string name() const override { return "fake:0"; }
   void* allocate(size_t bytes) override { return take(bytes, true); }
-  void release(void* data) noexcept override { give(data); }
+  void release(void* data) noexcept override {
+    synchronize();
+    give(data);
+  }
   void* allocate_host(size_t bytes) override { return take(bytes, false); }
-  void release_host(void* data) noexcept override { give(data); }
+  void release_host(void* data) noexcept override {
+    synchronize();
+    give(data);
+  }
   void copy_to_device(void* dst, const void* host, size_t bytes) override {
     inside(dst, bytes, true);
     ++uploads;
-    std::memcpy(dst, host, bytes);
+    in_order([=] { std::memcpy(dst, host, bytes); });
   }
   void copy_to_host(void* host, const void* src, size_t bytes) override {
+    start_copy_to_host(host, src, bytes);
+    synchronize();
+  }
+  void start_copy_to_host(void* host, const void* src, size_t bytes) override {
     inside(src, bytes, true);
     ++downloads;
-    std::memcpy(host, src, bytes);
+    in_order([=] { std::memcpy(host, src, bytes); });
   }
   void copy_on_device(void* dst, const void* src, size_t bytes) override {
     inside(dst, bytes, true);
@@ -43,8 +56,29 @@ class FakeDevice : public Device {
     const auto d = reinterpret_cast<uintptr_t>(dst), s = reinterpret_cast<uintptr_t>(src);
     if (d < s + bytes && s < d + bytes) throw std::logic_error("copy_on_device: source and destination overlap");
     ++moves;
-    std::memcpy(dst, src, bytes);
+    in_order([=] { std::memcpy(dst, src, bytes); });
   }
+
+  // Work on the stream. Lazy: done at the wait for a mark behind it.
+  bool lazy = false;
+  void in_order(std::function<void()> work) {
+    if (!lazy) work();
+    else queue_.push_back(std::move(work));
+  }
+  uint64_t record() override {
+    if (lazy) queue_.push_back([this, mark = last_recorded_ + 1] { reached_ = mark; });
+    else reached_ = last_recorded_ + 1;
+    return ++last_recorded_;
+  }
+  void wait(uint64_t mark) override {
+    while (reached_ < mark && !queue_.empty()) run_next();
+  }
+  bool reached(uint64_t mark) override { return reached_ >= mark; }
+  void synchronize() override {
+    while (!queue_.empty()) run_next();
+  }
+  size_t queued() const { return queue_.size(); }
+
   // The side queue is as slow as it may be: a copy happens when somebody waits for it. Until then nothing else may touch its place.
   void side_copy_to_device(void* dst, const void* host, size_t bytes) override {
     inside(dst, bytes, true);
@@ -59,11 +93,13 @@ class FakeDevice : public Device {
     return last_mark_;
   }
   void wait_for_side(uint64_t mark) override {
+    synchronize();  // side_follow() was behind it
     size_t done = 0;
     for (; done < pending_.size() && pending_[done].mark != 0 && pending_[done].mark <= mark; ++done) run(pending_[done]);
     pending_.erase(pending_.begin(), pending_.begin() + static_cast<long>(done));
   }
   void side_synchronize() override {
+    synchronize();
     for (const Pending& copy : pending_) run(copy);
     pending_.clear();
   }
@@ -71,9 +107,8 @@ class FakeDevice : public Device {
 
   void zero(void* dst, size_t bytes) override {
     inside(dst, bytes, true);
-    std::memset(dst, 0, bytes);
+    in_order([=] { std::memset(dst, 0, bytes); });
   }
-  void synchronize() override {}
   size_t free_bytes() const override {
     const std::lock_guard lock(mutex_);
     return capacity_ - used_;
@@ -103,6 +138,11 @@ class FakeDevice : public Device {
     size_t bytes;
     uint64_t mark;  // 0: none behind it yet
   };
+  void run_next() {
+    const std::function<void()> work = std::move(queue_.front());
+    queue_.pop_front();
+    work();
+  }
   void run(const Pending& copy) {
     inside(copy.dst, copy.bytes, true, true);
     inside(copy.host, copy.bytes, false);
@@ -145,6 +185,8 @@ class FakeDevice : public Device {
   mutable std::mutex mutex_;
   std::map<void*, Block> blocks_;
   std::vector<Pending> pending_;
+  std::deque<std::function<void()>> queue_;
+  uint64_t last_recorded_ = 0, reached_ = 0;
   uint64_t last_mark_ = 0;
   size_t capacity_;
   size_t used_ = 0;
@@ -157,6 +199,7 @@ class FakeOps : public Ops {
   DType compute_dtype() const override { return dtype_; }
 
   void embedding(const int32_t*, TensorView, TensorView) override { none(); }
+  void take_tokens(const int32_t*, const int32_t*, int32_t*, int64_t) override { none(); }
   void gather_rows(TensorView, const int32_t*, TensorView) override { none(); }
   void scatter_add_rows(TensorView, const int32_t*, TensorView) override { none(); }
   void convert(TensorView, TensorView) override { none(); }

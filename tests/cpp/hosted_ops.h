@@ -25,7 +25,7 @@ class HostedOps : public Ops {
 
   std::unique_ptr<StepGraph> capture(const std::function<void()>& work) override {
     if (!records) return nullptr;
-    recording_ = std::make_unique<Recording>();
+    recording_ = std::make_unique<Recording>(device_);
     try {
       work();
     } catch (...) {
@@ -39,6 +39,9 @@ class HostedOps : public Ops {
 
   void embedding(const int32_t* ids, TensorView table, TensorView y) override {
     run([=, this] { cpu_->embedding(ids, table, y); });
+  }
+  void take_tokens(const int32_t* tokens, const int32_t* index, int32_t* ids, int64_t n) override {
+    run([=, this] { cpu_->take_tokens(tokens, index, ids, n); });
   }
   void gather_rows(TensorView x, const int32_t* index, TensorView y) override {
     run([=, this] { cpu_->gather_rows(x, index, y); });
@@ -96,7 +99,7 @@ class HostedOps : public Ops {
   }
   void attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, const AttentionShape& shape,
                        TensorView out) override {
-    run([=, this] { cpu_->attention_paged(q, kv, kv_shape, batch, shape, out); });
+    run([=, this, b = on_device(batch)] { cpu_->attention_paged(q, kv, kv_shape, b, shape, out); });
   }
   void attention_packed(TensorView q, TensorView k, TensorView v, const PackedBatch& batch, const AttentionShape& shape,
                         TensorView out, TensorView lse) override {
@@ -121,7 +124,7 @@ class HostedOps : public Ops {
   }
   void sample(TensorView logits, const SampleBatch& batch, int32_t* ids, float* logprob, TensorView top_ids,
               TensorView top_logprobs) override {
-    run([=, this] { cpu_->sample(logits, batch, ids, logprob, top_ids, top_logprobs); });
+    run([=, this, b = on_device(batch)] { cpu_->sample(logits, b, ids, logprob, top_ids, top_logprobs); });
   }
   void grad_norm(const AdamBatch& batch, float* norm) override {
     run([=, this] { cpu_->grad_norm(batch, norm); });
@@ -133,8 +136,10 @@ class HostedOps : public Ops {
  private:
   struct Recording : StepGraph {
     std::vector<std::function<void()>> calls;
+    FakeDevice& device;
+    explicit Recording(FakeDevice& on) : device(on) {}
     void launch() override {
-      for (const auto& call : calls) call();
+      for (const auto& call : calls) device.in_order(call);
     }
   };
   template <class F>
@@ -143,8 +148,20 @@ class HostedOps : public Ops {
       recording_->calls.push_back(call);
     } else {
       ++calls;
-      call();
+      device_.in_order(call);
     }
+  }
+
+  // The CPU reads tables where the host has them; a kernel reads those of the device when its turn comes.
+  static PagedBatch on_device(PagedBatch batch) {
+    batch.host_row_begin = batch.row_begin;
+    batch.host_rows = batch.rows;
+    batch.host_kv_len = batch.kv_len;
+    return batch;
+  }
+  static SampleBatch on_device(SampleBatch batch) {
+    batch.host_rows = batch.rows;
+    return batch;
   }
 
   static int64_t tiles(const LoraGroup* groups, int32_t count, int32_t rows) {

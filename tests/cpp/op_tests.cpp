@@ -38,6 +38,25 @@ TEST(rows_embedding_gather_scatter_add) {
   });
 }
 
+TEST(take_tokens) {
+  for_each_rig([](Rig& rig) {
+    for (const int64_t n : {0, 1, 300}) {
+      std::vector<int32_t> tokens, index, ids;
+      for (int32_t i = 0; i < n; ++i) {
+        tokens.push_back(1000 + i);
+        index.push_back(static_cast<int32_t>(rig.random_int(n + 1)) - 1);
+        ids.push_back(i);
+      }
+      ArrayOnDevice<int32_t> dtokens(rig, tokens), dindex(rig, index), dids(rig, ids);
+      rig.ops().take_tokens(dtokens.data(), dindex.data(), dids.data(), n);
+      for (size_t i = 0; i < ids.size(); ++i) ids[i] = index[i] < 0 ? ids[i] : tokens[static_cast<size_t>(index[i])];
+      std::vector<int32_t> got(ids.size());
+      rig.device().copy_to_host(got.data(), dids.data(), got.size() * sizeof(int32_t));
+      CHECK(got == ids);
+    }
+  });
+}
+
 TEST(convert_between_all_float_dtypes) {
   for_each_rig([](Rig& rig) {
     // Every f16 value, and what lies between two of them and on the ties.

@@ -398,6 +398,37 @@ TEST(cached_pages_go_before_anybody_is_pre_empted) {
   CHECK_EQ(planner.stats().pages_free, 0);
 }
 
+TEST(a_token_on_its_way_has_its_row_in_the_next_plan) {
+  Planner planner(config());
+  planner.add_request(request(1, -1, 7, 4));  // its first token is the last of the second page
+  const Plan prompt = planner.plan();
+  planner.commit(prompt);
+  planner.expect_token(1);
+  planner.check_invariants();
+  const Plan next = planner.plan();
+  CHECK_EQ(next.rows[3], 1);
+  CHECK_EQ(find(next, 1)->position, 7);
+  planner.commit(next);
+  planner.check_invariants();  // the page is full, and no entry as long as its last token is not known
+  planner.add_request(request(2, -1, 9, 1));
+  planner.append_token(1, 7);  // as the other's prompt goes on
+  planner.check_invariants();
+  CHECK_EQ(planner.tokens(1).back(), 7);
+  CHECK_EQ(find(step(planner), 2)->position, 8);
+
+  planner.finish(2);
+  planner.append_token(1, 7);
+  step(planner);
+  CHECK_THROWS(std::logic_error, "did not sample", planner.expect_token(1));
+  planner.commit(planner.plan());
+  planner.expect_token(1);
+  planner.commit(planner.plan());
+  CHECK_THROWS(InvalidArgument, "has all its 4", planner.expect_token(1));
+  planner.finish(1);  // before it is there
+  planner.check_invariants();
+  CHECK(!planner.has_work());
+}
+
 TEST(a_prompt_waits_until_all_of_it_fits) {
   PlannerConfig c = config();
   c.kv_pages = 8;

@@ -51,7 +51,9 @@ struct EngineStats {
   int64_t graph_captures = 0, graph_replays = 0, graphs = 0;
   double graph_seconds = 0;
   double step_seconds = 0;  // spent inside step(), in all
-  double host_seconds = 0;  // of these, on planning, tables, launches and results: not computing (CPU) or waiting for the device
+  int64_t steps_ahead = 0;  // steps of decodes that were launched while the one before them ran
+  double host_seconds =
+      0;  // of step_seconds, on planning, tables, launches and results: not computing (CPU) or waiting for the device
   double training_seconds =
       0;  // of step_seconds, that training took beyond what the requests' rows would have taken alone (by the cost model)
   double last_step_seconds = 0, last_step_predicted = 0;
@@ -112,6 +114,8 @@ class Engine {
   // first micro-batch has begun is cancelled as a whole: its gradients are dropped with those accumulated since the last update.
   bool cancel(int64_t id);
   bool has_work() const;
+  // On a GPU the step after it, when both are of decodes alone, may be under way when this returns: what is submitted now is in the
+  // one behind that.
   StepResult step();
 
   // ---- state

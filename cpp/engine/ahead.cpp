@@ -1,0 +1,134 @@
+// The next step behind this one. While a step of decodes alone runs, the next one is planned, uploaded and launched, so that the
+// device goes from one to the other without waiting for the host, or for what the caller does with the tokens.
+//
+// Its rows are the tokens that are being sampled: their ids are taken on the device, and the planner has a place for them
+// (expect_token). A request that turns out to have ended has a row too many, whose result is dropped; its pages may go to another
+// one, whose rows come later in the order of the device. What cannot be known yet is not run ahead: requests with penalties (they
+// read all tokens before), steps with prompts or training. A step is launched ahead as late as the host's share of it allows, so
+// that a request which arrives before then is in the next step as ever.
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#include "engine/impl.h"
+
+namespace loquetier {
+
+namespace {
+
+constexpr double kNap = 50e-6;         // seconds between two looks at the device
+constexpr double kEarlyShare = 0.1;    // a step may end so much before its predicted time
+constexpr double kEarlySeconds = 3e-4;  // and so much more
+
+}  // namespace
+
+// `plan` was launched at `begin`, and `done` is reached when its results are on the host.
+void Engine::Impl::launch_ahead(const Plan& plan, const StepBatch& batch, double begin, uint64_t done) {
+  Core& c = *core;
+  if (!goes_ahead || !batch.decode || !c.jobs.empty() || c.micro || !plan.completed_jobs.empty()) return;
+  std::unordered_map<int64_t, int32_t> awaited;  // head rows by request
+  for (size_t h = 0; h < batch.heads.size(); ++h) {
+    const int64_t id = plan.segments[static_cast<size_t>(batch.heads[h].segment)].id;
+    const auto found = c.requests.find(id);
+    if (found == c.requests.end()) continue;  // ended meanwhile
+    const Request& r = found->second;
+    if (reads_history(r.sampling)) return;
+    if (std::ssize(r.result.token_ids) + 1 < r.max_new_tokens) awaited.emplace(id, static_cast<int32_t>(h));
+  }
+  if (awaited.empty() || !waits_to_go_ahead(plan, begin, done)) return;
+
+  const double planning = now();
+  const double end = std::max(planning, begin + plan.predicted);
+  if (!c.committed) commit(plan, {.now = end});
+  for (const auto& [id, head] : awaited) c.planner.expect_token(id);
+  budget.now = end;
+  const Plan next = c.planner.plan(budget);
+  bool launched = false;
+  const Finally close([&] {
+    if (!launched) c.planner.abort(next);
+  });
+  try {
+    mark("planned ahead");
+    launched = launch_behind(next, batch, awaited);
+  } catch (const DeviceError&) {
+    throw;
+  } catch (const std::exception&) {  // whatever it was, the next step meets it and says so
+  }
+  if (!launched) return;
+  ahead_seconds = now() - planning;
+  if (trace) trace->event("ahead", planning, now(), {{"rows", double(next.total_rows())}});
+}
+
+// Sleeps until the step is nearly over; false when something came in meanwhile, which the next plan is to know of.
+bool Engine::Impl::waits_to_go_ahead(const Plan& plan, double begin, uint64_t done) {
+  const double napping = now();
+  const double until = begin + (1 - kEarlyShare) * plan.predicted - kEarlySeconds - 2 * ahead_seconds;
+  while (now() < until && !core->ops->device().reached(done)) std::this_thread::sleep_for(std::chrono::duration<double>(kNap));
+  waiting_seconds += now() - napping;
+  std::lock_guard guard(front);
+  return inbox.empty();
+}
+
+// False, and nothing was launched: the step has other rows than decodes, or needs an adapter that is not in the pool.
+bool Engine::Impl::launch_behind(const Plan& next, const StepBatch& batch, const std::unordered_map<int64_t, int32_t>& awaited) {
+  Core& c = *core;
+  Device& device = c.ops->device();
+  const bool decodes = next.rows[3] > 0 && next.rows[3] == next.total_rows();
+  if (!decodes || next.forward_slices > 0 || next.backward_slices > 0 || !next.completed_jobs.empty()) return false;
+  const WeightTableOfStep weights = weights_of(next);
+  StepAhead step;
+  step.plan = next;
+  for (const auto& [use, w] : weights) step.pinned.push_back(w);
+  if (!std::ranges::all_of(step.pinned, [](const auto& w) { return w->resident(); })) return false;
+  StepContext context = context_of(weights);
+  context.awaited = &awaited;
+  device.wait(c.uploaded);  // the tables on the host may be written again
+  step.batch = build_step(next, context, c.metadata, c.ahead_results);
+  if (!step.batch.decode) return false;
+  reserve_step(next, step.batch);
+  c.pool.pin(step.pinned);
+  Finally unpin([&] { c.pool.unpin(step.pinned); });
+  note_rows(next, now());
+  c.metadata.upload();
+  c.uploaded = device.record();
+  c.ops->take_tokens(batch.view.sampled, step.batch.awaited, step.batch.ids, step.batch.view.rows);
+  run_forward(next, step.batch);
+  prefetch();
+  step.mark = device.record();
+  const StepWork work = c.work;
+  const double share = c.serving_share;
+  commit(next, {.now = now() + next.predicted});
+  step.work = std::exchange(c.work, work);
+  step.serving_share = std::exchange(c.serving_share, share);
+  c.stats.steps_ahead += 1;
+  unpin.dismiss();
+  c.ahead = std::move(step);
+  return true;
+}
+
+// The step that was launched ahead: its results, and the one behind it.
+void Engine::Impl::finish_ahead() {
+  Core& c = *core;
+  const StepAhead step = *std::exchange(c.ahead, std::nullopt);
+  const Finally unpin([&] { c.pool.unpin(step.pinned); });
+  std::swap(c.results, c.ahead_results);
+  c.committed = true;
+  c.finished_chunk.reset();
+  c.launched.clear();
+  c.work = step.work;
+  c.serving_share = step.serving_share;
+  const bool idle = c.ops->device().reached(step.mark);  // it is not known since when
+  const double begin = idle ? entered : results_there;
+  finish(step.plan, step.batch, {}, begin);
+  observe(step.plan, begin, begin, !idle);
+}
+
+// Nobody wants its results.
+void Engine::Impl::drop_ahead() {
+  if (!core || !core->ahead) return;
+  core->ops->device().wait(core->ahead->mark);
+  core->pool.unpin(core->ahead->pinned);
+  core->ahead.reset();
+}
+
+}  // namespace loquetier
