@@ -36,7 +36,7 @@ def targets(args: argparse.Namespace) -> tuple[float, float]:
 
 
 def limit_of(args: argparse.Namespace, trace: workload.Workload) -> float:
-    """Seconds after which a setting with requests is cut off; what has not ended by then missed its targets."""
+    """Seconds after which a setting with requests is cut off; what has not ended by then missed its targets (metrics: "so far")."""
     return args.limit or trace.duration + max(30.0, 0.5 * trace.duration)
 
 

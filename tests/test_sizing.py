@@ -164,6 +164,10 @@ def test_attainment():
     assert metrics.attainment(requests, tpot=0.05) == 3 / 5
     assert metrics.attainment(requests, 1.0, 0.05) == 2 / 5
     assert math.isnan(metrics.attainment([]))
+    requests.append(metrics.RequestRecord(1.0, 5, 10))  # was not even begun
+    assert metrics.attainment_so_far(requests, 1.0, 0.05) == 3 / 6  # those, and the one that was cut off
+    assert metrics.attainment_so_far(requests, 1.0, 0.01) == 1 / 6
+    assert math.isnan(metrics.attainment_so_far([]))
 
 
 def test_longest_gap_is_not_the_mean():

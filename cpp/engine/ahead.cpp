@@ -16,8 +16,8 @@ namespace loquetier {
 
 namespace {
 
-constexpr double kNap = 50e-6;         // seconds between two looks at the device
-constexpr double kEarlyShare = 0.1;    // a step may end so much before its predicted time
+constexpr double kNap = 50e-6;          // seconds between two looks at the device
+constexpr double kEarlyShare = 0.1;     // a step may end so much before its predicted time
 constexpr double kEarlySeconds = 3e-4;  // and so much more
 
 }  // namespace
