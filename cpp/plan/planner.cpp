@@ -175,7 +175,8 @@ std::vector<int64_t> Planner::State::commit(const Plan& plan, const StepOutcome&
   open = false;
   const bool rows_offered = limits.rows_wanted > 0;
   const auto fewer = [](int32_t ran, int32_t planned) { return ran >= 0 && ran < planned; };
-  cut_short = !is_alone(plan) && ((!outcome.forward_done && fewer(outcome.forward_slices, plan.forward_slices)) ||
+  const bool left_pass = !outcome.forward_done && plan.forward_slices == 0 && plan.rows[0] > 0;
+  cut_short = !is_alone(plan) && (left_pass || (!outcome.forward_done && fewer(outcome.forward_slices, plan.forward_slices)) ||
                                   fewer(outcome.backward_slices, plan.backward_slices));
   waited = waits;
   clock += rows_offered;
