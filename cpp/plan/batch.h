@@ -52,7 +52,8 @@ struct Plan {
   // chunk runs in one pass with the other segments, and no chunk is stopped.
   int32_t forward_slices = 0;
   // An arriving request may end the step before the next slice, and make a chunk leave the pass that it shares with other rows
-  // (StepOutcome). Beside rows of requests not twice running: with an arrival in every step nothing of training would ever run.
+  // (StepOutcome). Beside rows of requests not behind a step that ended before any of its training ran: with an arrival in every
+  // step none ever would.
   bool interruptible = true;
   bool resumes = false;                 // the slices belong to a chunk that stopped in an earlier step
   int32_t backward_slices = 0;          // at most, of the micro-batch whose forward is complete (with this step), from the top

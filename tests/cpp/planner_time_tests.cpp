@@ -304,8 +304,10 @@ TEST(a_chunk_that_left_its_pass_goes_on_before_another_begins) {
   planner.abort(next);
   CHECK(next.rows[0] == 0 && next.rows[3] == 1);
   CHECK(next.resumes && next.forward_slices >= all - 3);
-  CHECK(!next.interruptible);  // not twice running
+  CHECK(next.interruptible);
+  next = player.step({.forward_slices = 0, .forward_done = false, .backward_slices = 0});
   next = player.step({.forward_slices = all - 3, .forward_done = true});
+  CHECK(!next.interruptible);  // not twice running before anything ran
   for (int steps = 0; next.rows[0] == 0 && steps < 20; ++steps) next = player.step();
   CHECK_EQ(next.micro_row, rows);
 }
