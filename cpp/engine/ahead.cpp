@@ -92,7 +92,8 @@ bool Engine::Impl::launch_behind(const Plan& next, const StepBatch& batch, const
   c.metadata.upload();
   c.uploaded = device.record();
   c.ops->take_tokens(batch.view.sampled, step.batch.awaited, step.batch.ids, step.batch.view.rows);
-  run_forward(next, step.batch);
+  StepOutcome all;
+  run_forward(next, step.batch, context, all);
   prefetch();
   step.mark = device.record();
   const StepWork work = c.work;
@@ -113,7 +114,7 @@ void Engine::Impl::finish_ahead() {
   const Finally unpin([&] { c.pool.unpin(step.pinned); });
   std::swap(c.results, c.ahead_results);
   c.committed = true;
-  c.finished_chunk.reset();
+  c.apart.reset();
   c.launched.clear();
   c.work = step.work;
   c.serving_share = step.serving_share;

@@ -66,14 +66,16 @@ struct Core {
   std::unordered_set<AdapterId> removed;
   RequestTable requests;
   JobTable jobs;
-  Blob metadata, micro_metadata, chunk_metadata;  // of a step, of the micro-batch, of a chunk that runs layer by layer
+  Blob metadata, micro_metadata, chunk_metadata;  // of a step, of the micro-batch, of a batch apart from the step's
   Blob results, ahead_results, chunk_results;
   Buffer saved_storage, scratch_storage;  // reserved at start; where memory is the host's, grown when a step needs more
   DecodeGraphs graphs;
   std::optional<MicroBatch> micro;
-  std::optional<std::pair<Plan, StepBatch>> finished_chunk;  // its losses are in chunk_results
-  std::deque<uint64_t> launched;                             // marks of pieces that the device may not have done yet
-  uint64_t uploaded = 0;                                     // mark behind the last upload of `metadata`
+  // Computed apart from the step's own batch, with results in chunk_results: a chunk that ended in this step, or the rows that a
+  // chunk left behind in their pass.
+  std::optional<std::pair<Plan, StepBatch>> apart;
+  std::deque<uint64_t> launched;  // marks of pieces that the device may not have done yet
+  uint64_t uploaded = 0;          // mark behind the last upload of `metadata`
   std::optional<StepAhead> ahead;
   bool committed = false;      // the planner was told that the current plan was computed
   StepWork work;               // that the step did
@@ -168,7 +170,7 @@ struct Engine::Impl {
   WeightTableOfStep weights_of(const Plan& plan);
   StepContext context_of(const WeightTableOfStep& weights) const;
   void reserve_step(const Plan& plan, const StepBatch& batch);
-  void run_forward(const Plan& plan, const StepBatch& batch);
+  void run_forward(const Plan& plan, StepBatch& batch, const StepContext& context, StepOutcome& outcome);
   void update(const StepBatch& batch);
   void prefetch();
   void reject_late();
@@ -198,7 +200,9 @@ struct Engine::Impl {
   void begin_micro_batch(const Plan& plan, const WeightTableOfStep& weights);
   void end_micro_batch();
   SliceShape slice_shape() const;
-  void run_chunk(const BatchView& view, Arena& scratch);
+  void run_chunk(const Plan& plan, StepBatch& batch, const StepContext& context, Arena& scratch, StepOutcome& outcome);
+  void leave_pass(const Plan& plan, StepBatch& batch, const StepContext& context, MicroBatch::Stopped at, Arena& scratch,
+                  StepOutcome& outcome);
   void run_forward_slices(const Plan& plan, const StepContext& context, StepOutcome& outcome);
   bool run_backward(const Plan& plan, StepOutcome& outcome);
 

@@ -84,15 +84,13 @@ TableBytes table_bytes(const ModelConfig& config, const EngineOptions& options, 
   if (train == 0) return bytes;
   size_t slices = 1;
   if (trains_in_pieces(options)) {
-    const int64_t asked = options.slice_rows;
-    const int64_t smallest = std::min(asked > 0 ? asked : kSmallestSlice, options.max_batch_tokens),
-                  largest = std::min(asked > 0 ? asked : kLargestSlice, options.max_batch_tokens);
+    const int64_t asked = options.slice_rows, smallest = std::min(asked > 0 ? asked : kSmallestSlice, options.max_batch_tokens);
     // Two parts of a layer are cut by rows. Two are cut between sequences, where a cut and the next are more than a slice apart.
     slices = static_cast<size_t>(2 * pages_for(train, smallest) + 2 * (2 * train / smallest + 1));
-    BatchCounts chunk = most_counts(std::min(train, largest), 0, 0, 0);
-    chunk.words = 0;
-    bytes.chunk = metadata_bytes(chunk);
-    bytes.chunk_results = results_bytes(chunk);
+    // A chunk that stopped, or the rows beside one that left its pass.
+    const BatchCounts chunk = most_counts(train, 0, 0, 0), rest = most_counts(slack_of(options), options.max_sequences, width, 0);
+    bytes.chunk = std::max(metadata_bytes(chunk), metadata_bytes(rest));
+    bytes.chunk_results = std::max(results_bytes(chunk), results_bytes(rest));
   }
   const auto rows = static_cast<size_t>(train);
   bytes.micro = micro_metadata_bytes(rows, rows, rows, slices);

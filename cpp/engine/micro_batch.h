@@ -44,6 +44,7 @@ struct MicroBatch {
   struct Stopped {
     Plan plan;  // its segments alone
     int64_t layer = 0, head_chunk = 0;
+    int32_t losses_taken = 0;  // of its head rows: those that it had in the pass that it left
   };
   std::optional<Stopped> stopped;
 

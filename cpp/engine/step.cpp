@@ -209,7 +209,7 @@ WeightTableOfStep Engine::Impl::weights_of(const Plan& plan) {
 void Engine::Impl::run(const Plan& plan) {
   Core& c = *core;
   c.committed = false;
-  c.finished_chunk.reset();
+  c.apart.reset();
   c.launched.clear();
   const WeightTableOfStep weights = weights_of(plan);
   std::vector<std::shared_ptr<AdapterWeights>> pinned;
@@ -234,9 +234,9 @@ void Engine::Impl::run(const Plan& plan) {
   mark("uploaded");
   const double launching = now();
 
-  if (batch.view.rows > 0) run_forward(plan, batch);
-  if (trace && batch.view.rows > 0) trace->event("forward", launching, now(), {{"rows", double(batch.view.rows)}});
   StepOutcome outcome;
+  if (batch.view.rows > 0) run_forward(plan, batch, context, outcome);
+  if (trace && batch.view.rows > 0) trace->event("forward", launching, now(), {{"rows", double(batch.view.rows)}});
   if (plan.forward_slices > 0) run_forward_slices(plan, context, outcome);
   mark("forward");
   const bool ended = run_backward(plan, outcome);
@@ -262,7 +262,7 @@ void Engine::Impl::finish(const Plan& plan, const StepBatch& batch, StepOutcome 
   Core& c = *core;
   Device& device = c.ops->device();
   c.results.start_download();
-  if (c.finished_chunk) c.chunk_results.start_download();
+  if (c.apart) c.chunk_results.start_download();
   const uint64_t done = device.record();
   launch_ahead(plan, batch, launching, done);
   const double waiting = device.host_addressable() ? launching : now();  // there the calls returned when the work was done
@@ -301,7 +301,7 @@ void Engine::Impl::reserve_step(const Plan& plan, const StepBatch& batch) {
   c.stats.arena_peak = std::max(c.stats.arena_peak, static_cast<int64_t>(saved.peak()));
 }
 
-void Engine::Impl::run_forward(const Plan& plan, const StepBatch& batch) {
+void Engine::Impl::run_forward(const Plan& plan, StepBatch& batch, const StepContext& context, StepOutcome& outcome) {
   Core& c = *core;
   const BatchView& view = batch.view;
   Arena scratch(c.scratch_storage.data(), c.scratch_storage.bytes());
@@ -310,11 +310,11 @@ void Engine::Impl::run_forward(const Plan& plan, const StepBatch& batch) {
     c.graphs.run(view, *batch.decode, c.kv, scratch);
     c.model.decode_heads(view, scratch);
   } else if (view.train_rows > 0 && slice_rows > 0) {
-    run_chunk(view, scratch);
+    run_chunk(plan, batch, context, scratch, outcome);
   } else {
     c.model.forward(view, c.kv, view.train_rows > 0 ? &c.micro->saved : nullptr, saved, scratch, recompute);
   }
-  if (view.train_rows > 0) c.micro->forwarded += plan.rows[0];
+  if (view.train_rows > 0 && outcome.forward_done) c.micro->forwarded += plan.rows[0];
   c.stats.arena_peak = std::max(c.stats.arena_peak, static_cast<int64_t>(saved.peak() + scratch.peak()));
 }
 
@@ -366,13 +366,14 @@ void Engine::Impl::collect(const Plan& plan, const StepBatch& batch, const std::
     if (const auto job = c.jobs.find(s.id); job != c.jobs.end()) job->second.version = s.version;
   }
   collect_losses(plan, batch);
-  if (c.finished_chunk) collect_losses(c.finished_chunk->first, c.finished_chunk->second);
+  if (c.apart) collect_losses(c.apart->first, c.apart->second);
   complete_jobs(completed, batch);
   collect_tokens(plan, batch);
+  if (c.apart) collect_tokens(c.apart->first, c.apart->second);
 }
 
 void Engine::Impl::collect_losses(const Plan& plan, const StepBatch& batch) {
-  for (int32_t h = 0; h < batch.sample_begin; ++h) {
+  for (int32_t h = batch.first_loss; h < batch.sample_begin; ++h) {
     const HeadRef& ref = batch.heads[static_cast<size_t>(h)];
     const Segment& s = plan.segments[static_cast<size_t>(ref.segment)];
     const float logprob = batch.logprob.host[h];
@@ -529,7 +530,7 @@ void Engine::Impl::recover(const Plan& plan, const std::string& what) {
   for (const Segment& s : plan.segments) {
     if (s.kind == Kind::train || s.kind == Kind::eval) jobs.push_back(s.id);
   }
-  c.finished_chunk.reset();
+  c.apart.reset();
   if (c.micro) jobs.insert(jobs.end(), c.micro->jobs.begin(), c.micro->jobs.end());
   std::ranges::sort(jobs);
   jobs.erase(std::unique(jobs.begin(), jobs.end()), jobs.end());

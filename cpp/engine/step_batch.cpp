@@ -48,7 +48,7 @@ class Builder {
     view().rows = static_cast<int64_t>(n.rows);
     view().train_rows = plan_.rows[0];
     view().packed_rows = plan_.rows[0] + plan_.rows[1];
-    view().saved_row = plan_.rows[0] > 0 ? plan_.micro_row : 0;
+    view().saved_row = plan_.micro_row;
     pack_rows(in);
     pack_packed(in);
     pack_paged(in);

@@ -54,6 +54,7 @@ struct StepBatch {
   std::vector<HeadRef> heads;        // [view.head_count]
   int64_t largest_chunk = 0;         // rows of the largest of view.chunks
   int32_t sample_begin = 0;          // first head row that samples
+  int32_t first_loss = 0;            // first head row whose loss is still to be taken: those before were in an earlier step
   std::vector<int64_t> update_jobs;  // jobs of plan.completed_jobs that end with an optimizer step, in order
   AdamBatch updates;                 // one AdamJob per entry of update_jobs
   Both<float> logprob;               // [head_count]

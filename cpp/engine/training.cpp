@@ -4,6 +4,10 @@
 // With a latency target (or slice_rows) the engine looks between two pieces whether a request has come, and ends the step's
 // training when one has. A device that works asynchronously is at most kAhead pieces behind the host, so what is launched already
 // and cannot be taken back is a matter of two slices.
+//
+// A chunk that shares its pass with other rows leaves it then: between two layers, or between two of its head chunks. What it has
+// so far stays in Saved, as that of a chunk which stopped alone, and later steps run the rest. The other rows (of requests, and
+// evaluation examples, which are never cut) go on as a batch of their own from the layer they have come to.
 #include <algorithm>
 
 #include "core/random.h"
@@ -75,11 +79,88 @@ SliceShape Engine::Impl::slice_shape() const {
 
 // ---------------------------------------------------------------- forward
 
-// The forward of a step's batch when it holds a chunk: all of it, in one go.
-void Engine::Impl::run_chunk(const BatchView& view, Arena& scratch) {
+namespace {
+
+Plan only_training(const Plan& plan) {
+  Plan part;
+  part.micro_row = plan.micro_row;
+  part.rows[0] = plan.rows[0];
+  std::ranges::copy_if(plan.segments, std::back_inserter(part.segments), [](const Segment& s) { return s.kind == Kind::train; });
+  return part;
+}
+
+// The other rows, where they lie in Saved.
+Plan without_training(const Plan& plan) {
+  Plan part;
+  part.micro_row = plan.micro_row + plan.rows[0];
+  std::copy(plan.rows + 1, std::end(plan.rows), part.rows + 1);
+  for (Segment s : plan.segments) {
+    if (s.kind == Kind::train) continue;
+    s.row_begin -= plan.rows[0];
+    part.segments.push_back(s);
+  }
+  return part;
+}
+
+}  // namespace
+
+// The forward of a step's batch when it holds a chunk. Layer by layer when a request may interrupt it, else in one go.
+void Engine::Impl::run_chunk(const Plan& plan, StepBatch& batch, const StepContext& context, Arena& scratch, StepOutcome& outcome) {
   Core& c = *core;
-  c.model.forward_layers(view, c.kv, c.micro->saved, 0, c.model.config().num_layers, scratch);
-  c.model.forward_heads(view, c.micro->saved, 0, std::ssize(view.chunks), scratch);
+  const BatchView& view = batch.view;
+  const Saved& saved = c.micro->saved;
+  const int64_t layers = c.model.config().num_layers, heads = std::ssize(view.chunks);
+  if (!plan.interruptible) {
+    c.model.forward_layers(view, c.kv, saved, 0, layers, scratch);
+    c.model.forward_heads(view, saved, 0, heads, scratch);
+    return;
+  }
+  const auto launched = [&](const char* phase) {
+    c.launched.push_back(c.ops->device().record());
+    mark(phase);
+    return stop_before_piece(plan);
+  };
+  const int64_t train_heads = std::ranges::count(view.chunks, HeadKind::train, &HeadChunk::kind);
+  int64_t layer = 0, head = 0;
+  bool leaves = stop_before_piece(plan);
+  if (!leaves)
+    layer = c.model.forward_layers(view, c.kv, saved, 0, layers, scratch, [&] { return leaves = launched("pass layer"); });
+  for (; layer == layers && head < train_heads && !leaves; ++head) {
+    c.model.forward_heads(view, saved, head, head + 1, scratch);
+    leaves = launched("pass heads");
+  }
+  if (layer == layers && head == train_heads) c.model.forward_heads(view, saved, head, heads, scratch);
+  else leave_pass(plan, batch, context, {only_training(plan), layer, head}, scratch, outcome);
+}
+
+// The chunk has come as far as `at` says; the rows beside it go on without it. Their results are those of the batch made here, the
+// step's own keeps the losses that are in.
+void Engine::Impl::leave_pass(const Plan& plan, StepBatch& batch, const StepContext& context, MicroBatch::Stopped at,
+                              Arena& scratch, StepOutcome& outcome) {
+  Core& c = *core;
+  const double begin = now();
+  if (at.head_chunk > 0) {
+    const HeadChunk& last = batch.view.chunks[static_cast<size_t>(at.head_chunk - 1)];
+    at.losses_taken = last.begin + last.rows;
+  }
+  batch.heads.resize(static_cast<size_t>(at.losses_taken));
+  batch.sample_begin = at.losses_taken;
+  outcome.forward_slices = static_cast<int32_t>(at.layer + at.head_chunk);
+  outcome.forward_done = false;
+  c.stats.interrupted_steps += 1;
+
+  StepContext eager = context;
+  eager.most_graph_rows = 0;  // rows of a graph do not lie in Saved
+  Plan others = without_training(plan);
+  StepBatch rest = build_step(others, eager, c.chunk_metadata, c.chunk_results);
+  c.chunk_metadata.upload();
+  mark("training left");
+  c.model.forward_layers(rest.view, c.kv, c.micro->saved, at.layer, c.model.config().num_layers, scratch);
+  c.model.forward_heads(rest.view, c.micro->saved, 0, std::ssize(rest.view.chunks), scratch);
+  if (trace)
+    trace->event("forward without training", begin, now(), {{"layer", double(at.layer)}, {"rows", double(rest.view.rows)}});
+  c.apart.emplace(std::move(others), std::move(rest));
+  c.micro->stopped = std::move(at);
 }
 
 // A chunk alone, or the rest of one that stopped: at most plan.forward_slices layers and head chunks. Its arrays are built anew
@@ -89,9 +170,7 @@ void Engine::Impl::run_forward_slices(const Plan& plan, const StepContext& conte
   MicroBatch& micro = *c.micro;
   if (!plan.resumes) {
     micro.stopped.emplace();
-    micro.stopped->plan.micro_row = plan.micro_row;
-    micro.stopped->plan.rows[0] = plan.rows[0];
-    for (const Segment& s : plan.segments) micro.stopped->plan.segments.push_back(s);
+    micro.stopped->plan = only_training(plan);
   }
   MicroBatch::Stopped& chunk = *micro.stopped;
   StepBatch batch = build_step(chunk.plan, context, c.chunk_metadata, c.chunk_results);
@@ -128,7 +207,8 @@ void Engine::Impl::run_forward_slices(const Plan& plan, const StepContext& conte
   if (chunk.layer < layers || chunk.head_chunk < heads) return;
   outcome.forward_done = true;
   micro.forwarded += view.train_rows;
-  c.finished_chunk.emplace(std::move(chunk.plan), std::move(batch));
+  batch.first_loss = chunk.losses_taken;
+  c.apart.emplace(std::move(chunk.plan), std::move(batch));
   micro.stopped.reset();
 }
 

@@ -59,9 +59,9 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
   }
 }
 
-// Layers [first, last) over all rows; `work.norm` ends as the normed input of layer `last`, or of the heads.
-void Model::run_layers(const BatchView& batch, KvCache& kv, const Saved* saved, int64_t first, int64_t last,
-                       ForwardScratch& work) const {
+// Layers [first, last) over all rows; `work.norm` ends as the normed input of the layer that comes next, or of the heads.
+int64_t Model::run_layers(const BatchView& batch, KvCache& kv, const Saved* saved, int64_t first, int64_t last,
+                          ForwardScratch& work, const std::function<bool()>& leave) const {
   const ModelConfig& config = weights_->config;
   const WeightTable& table = weights_->table;
   const int64_t rows = batch.rows, layers = config.num_layers, rank = batch.groups.max_rank;
@@ -104,12 +104,15 @@ void Model::run_layers(const BatchView& batch, KvCache& kv, const Saved* saved, 
                   true);
     const TensorView next_norm = l + 1 < layers ? table.layers[i + 1].input_norm : table.final_norm;
     ops_.add_rms_norm(keep.mid, work.delta, next_norm, config.rms_norm_eps, stream(l + 1), work.norm);
-    if (!copy_s || saved->rank == 0 || batch.train_rows == 0) continue;
-    for (int k = 0; k < 4; ++k) {
-      ops_.convert(work.s[k].slice_rows(0, batch.train_rows).slice_cols(0, saved->rank),
-                   saved->layers[i].s[k].slice_rows(batch.saved_row, batch.train_rows));
+    if (copy_s && saved->rank > 0 && batch.train_rows > 0) {
+      for (int k = 0; k < 4; ++k) {
+        ops_.convert(work.s[k].slice_rows(0, batch.train_rows).slice_cols(0, saved->rank),
+                     saved->layers[i].s[k].slice_rows(batch.saved_row, batch.train_rows));
+      }
     }
+    if (leave && leave()) return l + 1;
   }
+  return last;
 }
 
 namespace {
@@ -156,19 +159,20 @@ void Model::forward(const BatchView& batch, KvCache& kv, Saved* saved, Arena& sa
   scratch.rewind(mark);
 }
 
-void Model::forward_layers(const BatchView& batch, KvCache& kv, const Saved& saved, int64_t first, int64_t last,
-                           Arena& scratch) const {
+int64_t Model::forward_layers(const BatchView& batch, KvCache& kv, const Saved& saved, int64_t first, int64_t last, Arena& scratch,
+                              const std::function<bool()>& leave) const {
   const ModelConfig& config = weights_->config;
   check_batch(batch, kv, config.num_layers);
   check_chunk(batch, saved);
   require(0 <= first && first <= last && last <= config.num_layers, "[forward] layers: expected a range inside 0 .. ",
           config.num_layers, ", got ", first, " .. ", last);
-  if (batch.rows == 0 || first == last) return;
+  if (batch.rows == 0 || first == last) return last;
   const size_t mark = scratch.mark();
   ForwardScratch work = ForwardScratch::carve(scratch, config, ops_.compute_dtype(), batch.rows, true, batch.groups.max_rank,
                                               saved.rank, saved.recompute);
-  run_layers(batch, kv, &saved, first, last, work);
+  const int64_t next = run_layers(batch, kv, &saved, first, last, work, leave);
   scratch.rewind(mark);
+  return next;
 }
 
 void Model::forward_heads(const BatchView& batch, const Saved& saved, int64_t first, int64_t last, Arena& scratch) const {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -31,8 +32,9 @@ struct HeadChunk {
 struct BatchView {
   int64_t rows = 0;
   int64_t train_rows = 0;
-  int64_t packed_rows = 0;             // training and evaluation
-  int64_t saved_row = 0;               // where the batch's first row lies in Saved: > 0 in a later chunk of a micro-batch
+  int64_t packed_rows = 0;  // training and evaluation
+  int64_t saved_row =
+      0;  // where the batch's first row lies in Saved: > 0 in a later chunk of a micro-batch, and of rows beside one
   const int32_t* ids = nullptr;        // [rows] device
   const int32_t* positions = nullptr;  // [rows] device
   const int32_t* kv_slots = nullptr;   // [rows] device, -1 for packed rows
@@ -105,9 +107,12 @@ class Model {
 
   // The same in pieces, for a micro-batch whose rows come in chunks. reserve() carves what all chunks of `train_rows` rows in all,
   // and the rows beside each, need (see saved.h). For each chunk: forward_layers() over all layers, in one call or several, then
-  // forward_heads() over all of its head chunks. Between the calls only Saved is kept.
+  // forward_heads() over all of its head chunks. Between the calls only Saved is kept, so that rows which began together may go on
+  // apart: each of the two batches with the saved_row that its first row had. `leave` is asked behind each layer of the call, and
+  // ends it when true; the result is the layer that comes next.
   Saved reserve(Arena& saved_arena, int64_t rows, int64_t train_rows, int64_t rank, Recompute recompute) const;
-  void forward_layers(const BatchView& batch, KvCache& kv, const Saved& saved, int64_t first, int64_t last, Arena& scratch) const;
+  int64_t forward_layers(const BatchView& batch, KvCache& kv, const Saved& saved, int64_t first, int64_t last, Arena& scratch,
+                         const std::function<bool()>& leave = {}) const;
   void forward_heads(const BatchView& batch, const Saved& saved, int64_t first, int64_t last, Arena& scratch) const;
   // The same of a batch of rows with pages, in two pieces: all layers, and the heads over what they left. `scratch` of both is in
   // the same state. decode_layers() touches nothing but the stream, so it can be recorded (Ops::capture).
@@ -124,8 +129,8 @@ class Model {
 
  private:
   struct BackwardLayer;
-  void run_layers(const BatchView& batch, KvCache& kv, const Saved* saved, int64_t first, int64_t last,
-                  struct ForwardScratch& work) const;
+  int64_t run_layers(const BatchView& batch, KvCache& kv, const Saved* saved, int64_t first, int64_t last,
+                     struct ForwardScratch& work, const std::function<bool()>& leave = {}) const;
   BackwardLayer layer_of(const BatchView& batch, const Saved& saved, int64_t layer) const;
   void backward_part(const BackwardLayer& of, BackwardPart part, const BackwardBlock& block, const BackwardState& state,
                      const struct BackwardScratch& work) const;

@@ -48,11 +48,12 @@ struct Plan {
   std::vector<MicroExample> micro_batch;
   int32_t micro_row = 0;  // of this step's first training row in its micro-batch
   // Without rows of other kinds a chunk may stop between layers (with slice_rows): its layers, then its heads, are forward slices.
-  // The rest of a stopped chunk is run in later plans, beside segments of other kinds, after their forward. The most to run; 0: the
-  // segments' forward is not cut and no chunk is stopped.
+  // The rest of a stopped chunk is run in later plans, beside segments of other kinds, after their forward. The most to run; 0: a
+  // chunk runs in one pass with the other segments, and no chunk is stopped.
   int32_t forward_slices = 0;
-  // An arriving request may end the step before the next slice. Beside rows of requests not twice running: with an arrival in every
-  // step nothing behind the forward would ever run.
+  // An arriving request may end the step before the next slice, and make a chunk leave the pass that it shares with other rows
+  // (StepOutcome). Beside rows of requests not behind a step that ended before any of its training ran: with an arrival in every
+  // step none ever would.
   bool interruptible = true;
   bool resumes = false;                 // the slices belong to a chunk that stopped in an earlier step
   int32_t backward_slices = 0;          // at most, of the micro-batch whose forward is complete (with this step), from the top

@@ -350,6 +350,7 @@ StepWork Planner::State::work_of(const Plan& plan, const StepOutcome& outcome) c
   double samples = 0, losses = 0, gradients = 0;
   const int32_t forward_ran = outcome.forward_slices < 0 ? plan.forward_slices : outcome.forward_slices;
   const bool cut = plan.forward_slices > 0;  // a chunk in slices
+  const bool left_pass = !cut && !outcome.forward_done && plan.rows[static_cast<size_t>(Kind::train)] > 0;
   const bool forward_done = outcome.forward_done;
   const int32_t from = plan.resumes ? training.stopped_slices() : 0;
   const double share = static_cast<double>(std::min(layers, from + forward_ran) - std::min(layers, from)) / layers;
@@ -374,7 +375,10 @@ StepWork Planner::State::work_of(const Plan& plan, const StepOutcome& outcome) c
   const int32_t stepped = plan.resumes ? training.stopped_chunk() : chunk;
   if (stepped > 0) {
     const MicroRows::Piece piece = micro.piece(begin, stepped);
-    if (!cut) {
+    if (left_pass) {
+      work.add_forward(rows + stepped, share);
+      work.train_pairs += piece.pairs * share;
+    } else if (!cut) {
       rows += stepped;
       work.train_pairs += piece.pairs;
     } else {
@@ -384,16 +388,16 @@ StepWork Planner::State::work_of(const Plan& plan, const StepOutcome& outcome) c
     }
     // Of a chunk in slices: the head chunks that its slices behind the layers were.
     const auto heads_by = [&](int32_t slice) { return std::clamp((slice - layers) * kHeadSlice, 0, piece.heads); };
-    const bool all = !cut || (forward_done && outcome.forward_slices >= 0);
+    const bool all = (!cut && !left_pass) || (forward_done && outcome.forward_slices >= 0);
     gradients += (all ? piece.heads : heads_by(from + forward_ran)) - (cut ? heads_by(from) : 0);
   }
-  work.add_forward(rows);
+  work.add_forward(rows, left_pass ? 1 - share : 1);
   work.head_rows = samples + losses + gradients;
   work.train_head_rows = gradients;
   work.head_passes = passes(samples) + passes(losses) + passes(gradients);
 
   int32_t backward_ran = outcome.backward_slices < 0 ? plan.backward_slices : outcome.backward_slices;
-  if (cut && !forward_done) backward_ran = 0;
+  if (!forward_done) backward_ran = 0;
   if (backward_ran > 0) {
     const int32_t all = micro.slices(layers), left = training.backward_slices_left();
     const int32_t done = left > 0 ? all - left : 0;

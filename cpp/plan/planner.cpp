@@ -188,12 +188,24 @@ void Planner::abort(const Plan& plan) {
   state_->abort();
 }
 
+namespace {
+
+// It was ended before the first piece of the training that it had.
+bool got_nothing_of_training(const Plan& plan, const StepOutcome& outcome) {
+  const bool chunk = plan.rows[static_cast<size_t>(Kind::train)] > 0 && plan.forward_slices == 0;  // in the pass
+  if (chunk && outcome.forward_done) return false;
+  if (!chunk && plan.forward_slices + plan.backward_slices == 0) return false;
+  const int32_t forward = outcome.forward_slices < 0 ? plan.forward_slices : outcome.forward_slices;
+  const int32_t backward = outcome.backward_slices < 0 ? plan.backward_slices : outcome.backward_slices;
+  return forward == 0 && (backward == 0 || !outcome.forward_done);
+}
+
+}  // namespace
+
 std::vector<int64_t> Planner::State::commit(const Plan& plan, const StepOutcome& outcome) {
   open = false;
   const bool rows_offered = limits.rows_wanted > 0;
-  const auto fewer = [](int32_t ran, int32_t planned) { return ran >= 0 && ran < planned; };
-  cut_short = !is_alone(plan) && ((!outcome.forward_done && fewer(outcome.forward_slices, plan.forward_slices)) ||
-                                  fewer(outcome.backward_slices, plan.backward_slices));
+  cut_short = !is_alone(plan) && got_nothing_of_training(plan, outcome);
   waited = waits;
   clock += rows_offered;
   if (!served_queues.empty()) {

@@ -93,9 +93,11 @@ struct StepBudget {
   double max_seconds = -1;           // >= 0: fill the step to this many predicted seconds, whatever the goal says
 };
 
-// How much of a plan was run. Rows of segments always are; of the slices behind them the engine may stop early.
+// How much of a plan was run. Rows of requests and of evaluation always are. A chunk that shares a pass with them may leave it
+// between two layers, or between two head chunks, and be a stopped one from then on; of the slices behind the pass the engine may
+// stop early.
 struct StepOutcome {
-  int32_t forward_slices = -1;   // of Plan::forward_slices; < 0: all
+  int32_t forward_slices = -1;   // of Plan::forward_slices, or of a chunk that left its pass (layers, then head chunks); < 0: all
   bool forward_done = true;      // the chunk that these belong to is complete (its losses are in)
   int32_t backward_slices = -1;  // of Plan::backward_slices; < 0: all
   double now = 0;                // when the step ended, on the clock of StepBudget::now

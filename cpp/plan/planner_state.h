@@ -69,7 +69,7 @@ struct Planner::State {
   bool prompt_overdue = false;    // one is being served before all else
   bool must_train = false;        // training was passed over too long: its smallest piece is in the step whatever it costs
   bool overdue_training = false;  // that was so when the plan began
-  bool cut_short = false;         // the last step had rows of requests and ended before its slices did
+  bool cut_short = false;         // the last step had rows of requests and ended before any of its training
   bool waits = false;             // the open plan leaves a chunk out to save time for it
   bool waited = false;            // the last committed one did
   bool skip_evaluation = false;   // the last step had evaluation rows: training has the next

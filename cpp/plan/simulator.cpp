@@ -191,7 +191,10 @@ class Simulation {
         if (seconds_of(after(plan, middle)) >= until) high = middle;
         else low = middle + 1;
       }
-      if (low < all) {
+      if (leaves_pass(plan, until / seconds_of(after(plan, 0)), outcome)) {
+        ++result_.interrupted;
+        seconds = seconds_of(outcome);
+      } else if (low < all) {
         if (seconds_of(after(plan, low)) <= 0) ++low;  // a step does something
         ++result_.interrupted;
         outcome = after(plan, low);
@@ -223,11 +226,30 @@ class Simulation {
   // Notes the chunk that the plan's forward slices belong to; returns how many slices there are to run, backward's included.
   int32_t begin_slices(const Plan& plan) {
     if (plan.forward_slices > 0 && !plan.resumes) {
-      const int32_t rows = plan.rows[static_cast<size_t>(Kind::train)];  // each with a loss
-      chunk_slices_ = options_.planner.num_layers + (rows + kHeadSlice - 1) / kHeadSlice;
+      chunk_slices_ = slices_of_chunk(plan);
       chunk_done_ = 0;
     }
     return forward_left(plan) + plan.backward_slices;
+  }
+
+  int32_t slices_of_chunk(const Plan& plan) const {
+    const int32_t rows = plan.rows[static_cast<size_t>(Kind::train)];  // each with a loss
+    return options_.planner.num_layers + (rows + kHeadSlice - 1) / kHeadSlice;
+  }
+
+  // A chunk that shares its pass with other rows leaves it behind the layer that is under way when a request comes, which is after
+  // `share` of the pass. False: there is none, it is done by then, or training is not in pieces.
+  bool leaves_pass(const Plan& plan, double share, StepOutcome& outcome) {
+    const bool shares = plan.rows[static_cast<size_t>(Kind::train)] > 0 && plan.forward_slices == 0;
+    if (!shares || options_.planner.slice_rows == 0) return false;
+    const int32_t slices = slices_of_chunk(plan);
+    const double done = std::ceil(share * slices);
+    if (!(done < slices)) return false;
+    chunk_slices_ = slices;
+    chunk_done_ = outcome.forward_slices = static_cast<int32_t>(done);
+    outcome.forward_done = false;
+    outcome.backward_slices = 0;
+    return true;
   }
 
   // Of the plan's forward slices, a bound, those that the chunk has left.

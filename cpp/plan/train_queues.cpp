@@ -401,9 +401,10 @@ std::vector<int64_t> TrainQueues::commit(const Plan& plan, const StepOutcome& ou
     micro_.passed = 0;
   }
   // How far it came: rows, slices of a stopped chunk, slices of backward.
-  const int32_t forward_ran =
-      outcome.forward_slices < 0 ? forward_slices_now_ : std::min(outcome.forward_slices, forward_slices_now_);
-  if (forward_slices_now_ > 0 && !outcome.forward_done) {
+  const bool left_pass = chunk_now_ > 0 && forward_slices_now_ == 0 && !outcome.forward_done;
+  const int32_t most = left_pass ? INT32_MAX : forward_slices_now_;
+  const int32_t forward_ran = outcome.forward_slices < 0 ? forward_slices_now_ : std::min(outcome.forward_slices, most);
+  if (left_pass || (forward_slices_now_ > 0 && !outcome.forward_done)) {
     if (chunk_now_ > 0) micro_.stopped = chunk_now_;
     micro_.stopped_slices += forward_ran;
   } else if (chunk_now_ > 0 || forward_slices_now_ > 0) {

@@ -302,7 +302,9 @@ TEST(threads_submit_cancel_and_change_adapters_while_one_steps) {
   CHECK_EQ(engine.adapters().size(), 1u);
 }
 
-TEST(random_work_ends_every_id_once_and_gives_everything_back) {
+namespace {
+
+void random_work(int slice_rows) {
   const uint32_t seed = static_cast<uint32_t>(std::strtoul(test::option("--seed", "17").c_str(), nullptr, 10));
   const int steps = std::atoi(test::option("--steps", "600").c_str());
   std::cout << "seed " << seed << "\n";
@@ -310,8 +312,14 @@ TEST(random_work_ends_every_id_once_and_gives_everything_back) {
   EngineOptions options = small_options();
   options.kv_cache_tokens = 160;
   options.adapter_pool_bytes = 90000;  // a few adapters at a time
+  options.slice_rows = slice_rows;
   Engine engine(tiny_model(), options);
   auto& inside = EngineAccess::impl(engine);
+  int64_t left = 0;
+  inside.probe = [&](const char* phase) {  // requests come in the middle of steps
+    left += std::string(phase) == "training left";
+    if (slice_rows > 0 && random() % 16 == 0) inside.arrivals = 1;
+  };
   std::vector<std::string> names;
   std::set<int64_t> open;
   Outcome outcome;
@@ -376,4 +384,12 @@ TEST(random_work_ends_every_id_once_and_gives_everything_back) {
   engine.step();
   CHECK_EQ(engine.stats().adapter_pool_used, 0);
   CHECK_EQ(engine.stats().training_state_bytes, 0);
+  std::cout << left << " chunks left their pass\n";
+  CHECK(slice_rows == 0 || left > 0);
 }
+
+}  // namespace
+
+TEST(random_work_ends_every_id_once_and_gives_everything_back) { random_work(0); }
+
+TEST(random_work_in_pieces_ends_every_id_once_and_gives_everything_back) { random_work(9); }

@@ -95,10 +95,17 @@ uint32_t seed_option() {
   return seed;
 }
 
+// Between two pieces of training: those launched apart, and those of a pass that a chunk shares with other rows.
+bool is_piece(const char* phase) {
+  const std::string name = phase;
+  return name == "forward slice" || name == "backward layer" || name == "pass layer" || name == "pass heads";
+}
+
 struct Trained {
   std::map<std::string, std::vector<float>> gradients;
   std::map<int64_t, double> losses;
   std::map<int64_t, std::vector<int32_t>> generated;
+  std::map<int64_t, std::vector<float>> logprobs;  // of requests, and of evaluated examples
   EngineStats stats;
   int steps = 0;
 };
@@ -117,8 +124,15 @@ Trained train(const std::string& family, const EngineOptions& options, const std
     engine.submit_eval("a", examples(50u, 2, 9));
   }
   std::mt19937 prompts(4);
-  for (int i = 0; i < 5; ++i) engine.submit_infer(tokens(prompts, 7), {.adapter = i % 2 ? "wide" : "", .sampling = greedy(9)});
+  for (int i = 0; i < 5; ++i) {
+    SamplingParams sampling = greedy(9);
+    sampling.prompt_logprobs = i == 3;
+    engine.submit_infer(tokens(prompts, 7), {.adapter = i % 2 ? "wide" : "", .sampling = sampling});
+  }
   Trained out;
+  const auto note = [&](int64_t id, const std::vector<float>& logprobs) {
+    std::ranges::copy_if(logprobs, std::back_inserter(out.logprobs[id]), [](float l) { return !std::isnan(l); });
+  };
   while (engine.has_work() && ++out.steps < 5000) {
     cut(EngineAccess::impl(engine));
     const StepResult r = engine.step();
@@ -126,8 +140,15 @@ Trained train(const std::string& family, const EngineOptions& options, const std
       CHECK(t.reason == "accumulated");
       out.losses[t.job_id] = t.loss;
     }
-    for (const EvalResult& e : r.evaluated) out.losses[e.job_id] = e.loss;
-    for (const InferResult& f : r.finished) out.generated[f.request_id] = f.token_ids;
+    for (const EvalResult& e : r.evaluated) {
+      out.losses[e.job_id] = e.loss;
+      for (const auto& l : e.logprobs) note(e.job_id, l);
+    }
+    for (const InferResult& f : r.finished) {
+      out.generated[f.request_id] = f.token_ids;
+      note(f.request_id, f.logprobs);
+      note(f.request_id, f.prompt_logprobs);
+    }
   }
   CHECK(out.steps < 5000);
   for (const char* name : {"a", "b", "head"}) out.gradients[name] = flat(engine, name, "gradients");
@@ -146,13 +167,17 @@ void check_same(const Trained& got, const Trained& want, const std::string& what
             << got.stats.interrupted_steps << " interrupted of " << got.steps << " steps\n";
   CHECK(worst <= bound);
   CHECK(loss <= bound);
-  if (!on_cuda()) CHECK(got.generated == want.generated);
+  if (on_cuda()) return;
+  CHECK(got.generated == want.generated);
+  CHECK_EQ(got.logprobs.size(), want.logprobs.size());
+  for (const auto& [id, values] : want.logprobs) CHECK(distance(got.logprobs.at(id), values) <= bound);
 }
 
 }  // namespace
 
 TEST(losses_and_gradients_do_not_depend_on_how_training_is_cut) {
   std::mt19937 random(seed_option());
+  int64_t left = 0;
   for (const std::string family : {"llama", "qwen3"}) {
     for (const std::string recompute : {"none", "layer"}) {
       EngineOptions options = small_options();
@@ -167,8 +192,8 @@ TEST(losses_and_gradients_do_not_depend_on_how_training_is_cut) {
           impl.budget.max_backward_slices = random() % 3 ? -1 : static_cast<int32_t>(random() % 12);
           if (impl.probe) return;
           impl.probe = [&](const char* phase) {  // as if a request had come
-            const bool piece = std::string(phase) == "forward slice" || std::string(phase) == "backward layer";
-            if (piece && random() % 5 == 0) impl.arrivals = 1;
+            left += std::string(phase) == "training left";
+            if (is_piece(phase) && random() % 5 == 0) impl.arrivals = 1;
           };
         });
         interrupted += cut.stats.interrupted_steps;
@@ -177,6 +202,127 @@ TEST(losses_and_gradients_do_not_depend_on_how_training_is_cut) {
         check_same(cut, whole, family + ", recompute " + recompute + ", slices of " + std::to_string(options.slice_rows));
       }
     }
+  }
+  std::cout << "  " << left << " chunks left their pass\n";
+  CHECK(left > 20);
+}
+
+// Of every pass, behind every number of its pieces.
+TEST(a_chunk_that_leaves_its_pass_anywhere_changes_nothing) {
+  for (const bool deterministic : {false, true}) {
+    EngineOptions options = small_options();
+    options.slice_rows = 24;
+    options.deterministic = deterministic;
+    const Trained whole = train("qwen3", options, [](Impl&) {});
+    CHECK_EQ(whole.stats.interrupted_steps, 0);
+    for (int behind = 0; behind <= 4; ++behind) {
+      int pieces = 0, steps = 0;
+      std::map<std::string, int> phases;
+      const Trained cut = train("qwen3", options, [&](Impl& impl) {
+        impl.budget.max_rows = 40;  // chunks end inside examples
+        impl.probe = [&](const char* phase) {
+          phases[phase] += 1;
+          if (std::string(phase) == "uploaded") pieces = 0;
+          const bool shared = std::string(phase) == "pass layer" || std::string(phase) == "pass heads";
+          if (std::string(phase) == "uploaded" && ++steps % 2 && behind == 0) impl.arrivals = 1;
+          if (shared && ++pieces == behind) impl.arrivals = 1;
+        };
+      });
+      check_same(cut, whole, (deterministic ? "deterministic, behind " : "behind ") + std::to_string(behind));
+      std::cout << "  " << phases["training left"] << " chunks left " << phases["uploaded"] << " passes\n";
+      CHECK(phases["training left"] > 0 || behind == 4);  // three layers and a head chunk: nothing is left then
+      if (!deterministic) continue;
+      CHECK(cut.generated == whole.generated);
+      CHECK(cut.logprobs == whole.logprobs);  // who is beside a row, and how long, is not seen in its results
+    }
+  }
+}
+
+// A chunk with two head chunks beside a decode and an evaluation; a request comes behind piece `at` of the pass, 0: none.
+Trained leave_beside_a_decode(int at) {
+  EngineOptions options = small_options();
+  options.max_batch_tokens = 700;
+  options.kv_cache_tokens = 1024;
+  options.latency = LatencyTarget{.ttft_ms = 60000, .tpot_ms = 10000};
+  options.slice_rows = 600;
+  Engine engine(model_of("llama"), options);
+  engine.add_adapter("a", lora(4, 1, {"all-linear"}, 0.1));
+  std::mt19937 random(3);
+  const auto late_prompt = tokens(random, 5);
+  const int64_t running = engine.submit_infer(tokens(random, 6), {.adapter = "a", .sampling = greedy(20)});
+  engine.step();
+  std::vector<Example> batch;
+  for (int i = 0; i < 4; ++i) batch.push_back({.input_ids = tokens(random, 110)});
+  const int64_t job = engine.submit_train("a", batch), evaluation = engine.submit_eval("", examples(5, 1, 9));
+  Impl& impl = EngineAccess::impl(engine);
+  int pieces = 0;
+  int64_t id = 0;
+  std::vector<std::string> after;
+  impl.probe = [&](const char* phase) {
+    if (id) after.push_back(phase);
+    const bool shared = std::string(phase) == "pass layer" || std::string(phase) == "pass heads";
+    if (shared && ++pieces == at) id = engine.submit_infer(late_prompt, {.sampling = greedy(3)});
+  };
+  Trained out;
+  const auto take = [&](const StepResult& r) {
+    for (const TrainResult& t : r.trained) out.losses[t.job_id] = t.loss;
+    for (const EvalResult& e : r.evaluated) out.losses[e.job_id] = e.loss;
+    for (const InferResult& f : r.finished) out.generated[f.request_id] = f.token_ids;
+  };
+  const auto tokens_of = [](const StepResult& r, int64_t request) {
+    return std::ranges::count(r.tokens, request, &TokenEvent::request_id);
+  };
+  const StepResult shared = engine.step(), next = engine.step();
+  if (at > 0) {
+    CHECK(after.front() == "training left");
+    after.erase(after.begin() + 5, after.end());  // of the step that it ended
+    CHECK(after == std::vector<std::string>({"training left", "forward", "backward", "optimizer", "downloaded"}));
+    CHECK_EQ(shared.trained.size(), 0u);
+    CHECK_EQ(next.tokens.size(), 2u);
+    CHECK_EQ(tokens_of(next, id), 1);  // the prompt was computed in the very next step
+  }
+  CHECK_EQ(tokens_of(shared, running), 1);
+  CHECK_EQ(tokens_of(next, running), 1);
+  CHECK_EQ(shared.evaluated.size(), 1u);
+  CHECK_EQ(engine.stats().interrupted_steps, at > 0 ? 1 : 0);
+  take(shared);
+  take(next);
+  while (engine.has_work() && ++out.steps < 500) take(engine.step());
+  CHECK_EQ(engine.stats().train_tokens, 4 * 109);
+  CHECK_EQ(out.losses.size(), 2u);
+  CHECK(std::isfinite(out.losses[job]) && std::isfinite(out.losses[evaluation]));
+  out.generated.erase(id);
+  out.gradients["a"] = flat(engine, "a", "gradients");
+  out.stats = engine.stats();
+  return out;
+}
+
+TEST(a_request_is_served_before_the_training_beside_decodes_goes_on) {
+  const Trained whole = leave_beside_a_decode(0);
+  for (int at = 1; at <= 4; ++at) check_same(leave_beside_a_decode(at), whole, "behind " + std::to_string(at));
+}
+
+TEST(training_goes_on_though_a_request_comes_in_every_step) {
+  for (const bool target : {false, true}) {
+    EngineOptions options = small_options();
+    options.slice_rows = 8;
+    if (target) options.latency = LatencyTarget{.ttft_ms = 1000, .tpot_ms = 50};
+    Engine engine(model_of("llama"), options);
+    engine.add_adapter("a", lora(4, 1));
+    std::mt19937 random(3);
+    Impl& impl = EngineAccess::impl(engine);
+    int64_t left = 0;
+    impl.probe = [&](const char* phase) {
+      left += std::string(phase) == "training left";
+      if (std::string(phase) == "uploaded") engine.submit_infer(tokens(random, 3), {.sampling = greedy(3)});
+    };
+    for (int i = 0; i < 4; ++i) engine.submit_train("a", examples(7, 3, 20));
+    int64_t trained = 0;
+    int steps = 0;
+    for (; trained < 4 && steps < 1500; ++steps) trained += std::ssize(engine.step().trained);
+    std::cout << "  " << steps << " steps, " << left << " chunks left their pass\n";
+    CHECK_EQ(trained, 4);
+    CHECK(left > 0);
   }
 }
 
@@ -219,7 +365,8 @@ TEST(a_request_is_served_before_the_training_under_way_goes_on) {
 
 TEST(cancelled_and_removed_while_chunks_are_under_way) {
   std::mt19937 random(seed_option());
-  for (int round = 0; round < 12; ++round) {
+  int64_t left = 0;
+  for (int round = 0; round < 36; ++round) {
     EngineOptions options = small_options();
     options.slice_rows = 6;
     Engine engine(model_of("llama"), options);
@@ -227,14 +374,18 @@ TEST(cancelled_and_removed_while_chunks_are_under_way) {
     engine.add_adapter("b", lora(5, 2));
     const int64_t a = engine.submit_train("a", examples(7, 3, 14)), b = engine.submit_train("b", examples(8, 3, 14));
     Impl& impl = EngineAccess::impl(engine);
-    impl.probe = [&](const char*) {
+    impl.probe = [&](const char* phase) {
+      left += std::string(phase) == "training left";
       if (random() % 4 == 0) impl.arrivals = 1;
     };
+    if (round >= 12) {  // chunks share their passes with decodes
+      for (const char* name : {"a", "b", ""}) engine.submit_infer(tokens(random, 5), {.adapter = name, .sampling = greedy(40)});
+    }
     std::map<int64_t, std::string> reasons;
     const auto take = [&](StepResult r) {
       for (const TrainResult& t : r.trained) CHECK(reasons.emplace(t.job_id, t.reason).second);
     };
-    for (int i = 0; i <= round; ++i) take(engine.step());
+    for (int i = 0; i <= round % 12; ++i) take(engine.step());
     const bool live = reasons.empty();
     if (round % 2) engine.cancel(a);
     else engine.remove_adapter("a");
@@ -247,6 +398,7 @@ TEST(cancelled_and_removed_while_chunks_are_under_way) {
       for (const float g : flat(engine, "a", "gradients")) CHECK(g == 0);
     }
   }
+  CHECK(left > 10);
 }
 
 TEST(an_exception_between_pieces_ends_the_jobs_and_leaves_a_working_engine) {
@@ -282,6 +434,57 @@ TEST(an_exception_between_pieces_ends_the_jobs_and_leaves_a_working_engine) {
       }
       CHECK(reasons.at(again) == "accumulated");
     }
+  }
+}
+
+TEST(an_exception_while_a_chunk_leaves_its_pass_loses_no_token) {
+  EngineOptions options = small_options();
+  options.slice_rows = 6;
+  std::mt19937 random(9);
+  const auto prompt = tokens(random, 6);
+  const auto run = [&](const char* thrown_in, int left_at, int thrown_at) {
+    Engine engine(model_of("llama"), options);
+    engine.add_adapter("a", lora(4, 1));
+    engine.submit_infer(prompt, {.adapter = "a", .sampling = greedy(30)});
+    const int64_t job = engine.submit_train("a", examples(7, 3, 14));
+    Impl& impl = EngineAccess::impl(engine);
+    int pieces = 0, seen = 0;
+    impl.probe = [&](const char* now) {
+      if (std::string(now) == "pass layer" && ++pieces == left_at) impl.arrivals = 1;
+      if (thrown_in && std::string(now) == thrown_in && ++seen == thrown_at) throw std::runtime_error("planted");
+    };
+    std::vector<int32_t> generated;
+    std::map<int64_t, std::string> reasons;
+    bool thrown = false;
+    int steps = 0;
+    while (engine.has_work() && ++steps < 500) {
+      try {
+        const StepResult r = engine.step();
+        for (const TrainResult& t : r.trained) reasons[t.job_id] = t.reason;
+        for (const InferResult& f : r.finished) generated = f.token_ids;
+      } catch (const std::runtime_error&) {
+        thrown = true;
+      }
+    }
+    CHECK(steps < 500);
+    CHECK_EQ(thrown, thrown_in != nullptr);
+    CHECK(reasons.at(job) == (thrown ? "error: planted" : "accumulated"));
+    impl.probe = nullptr;
+    const int64_t again = engine.submit_train("a", examples(7, 3, 14));
+    while (engine.has_work()) {
+      for (const TrainResult& t : engine.step().trained) reasons[t.job_id] = t.reason;
+    }
+    CHECK(reasons.at(again) == "accumulated");
+    CHECK_EQ(engine.stats().kv_pages_free + engine.stats().kv_pages_cached, engine.stats().kv_pages);
+    return generated;
+  };
+  const auto expected = run(nullptr, 0, 0);
+  CHECK_EQ(expected.size(), 30u);
+  CHECK(run(nullptr, 2, 0) == expected);
+  for (int left_at = 1; left_at <= 3; ++left_at) {
+    CHECK(run("pass layer", left_at, left_at) == expected);
+    for (const char* phase : {"training left", "forward", "downloaded"}) CHECK(run(phase, left_at, 1) == expected);
+    CHECK(run("forward slice", left_at, 1) == expected);  // the chunk goes on in a later step, and fails there
   }
 }
 

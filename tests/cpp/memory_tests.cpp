@@ -130,7 +130,12 @@ void plan_at_start_and_no_more(const EngineOptions& options) {
   for (const char* name : {"a", "b", "c"}) hosted->submit_train(name, examples(1, 1, 5), with_optimizer());
   drain(*hosted.engine);  // training state and host copies are made at an adapter's first use
   const int64_t allocated = hosted.ops->fake().allocated;
-  int64_t most_uploads = 0, most_downloads = 0;
+  int64_t most_uploads = 0, most_downloads = 0, left = 0;
+  auto& inside = EngineAccess::impl(*hosted.engine);
+  inside.probe = [&](const char* phase) {  // requests come in the middle of steps
+    left += std::string(phase) == "training left";
+    if (random() % (std::string(phase) == "pass layer" ? 2 : 32) == 0) inside.arrivals = 1;
+  };
   for (int i = 0; i < 200; ++i) {
     for (int k = static_cast<int>(random() % 3); k > 0; --k)
       hosted->submit_infer(tokens(random, 1 + static_cast<int>(random() % 60)), infer(names[random() % 4], 1 + random() % 20));
@@ -143,10 +148,12 @@ void plan_at_start_and_no_more(const EngineOptions& options) {
     most_uploads = std::max(most_uploads, hosted.ops->fake().uploads - uploads);
     most_downloads = std::max(most_downloads, hosted.ops->fake().downloads - downloads);
   }
-  const bool pieces = EngineAccess::impl(*hosted.engine).slice_rows > 0;
-  CHECK(most_uploads <= (pieces ? 3 : 2));  // of the step, of a micro-batch whose backward begins, of a chunk layer by layer
+  const bool pieces = inside.slice_rows > 0;
+  CHECK(!pieces || left > 0);
+  CHECK(most_uploads <= (pieces ? 3 : 2));  // of the step, of a micro-batch whose backward begins, of a batch apart
   CHECK(most_downloads <= (pieces ? 2 : 1));
-  EngineAccess::impl(*hosted.engine).budget.max_backward_slices = -1;
+  inside.probe = nullptr;
+  inside.budget.max_backward_slices = -1;
   drain(*hosted.engine);
   for (uint32_t i = 0; i < 6; ++i) hosted->submit_train(names[1 + i % 3], examples(i, 3, 30), with_optimizer());
   drain(*hosted.engine);  // training alone: chunks layer by layer, when in pieces

@@ -273,10 +273,49 @@ TEST(prompts_with_a_near_deadline_come_first) {
   CHECK_EQ(planner.stats().deadlines_met, 1);
 }
 
+TEST(a_chunk_that_left_its_pass_goes_on_before_another_begins) {
+  const CostModel cost = gpu_8b();
+  const PlannerConfig config = config_with(cost, 1, 0.03);
+  Planner planner(config);
+  planner.add_adapter(1, 1, 0);
+  Player player(planner, cost);
+  player.request(1, 1, 64, 1000);
+  player.step();
+  player.job(2, 1, {2048, 2048, 2048, 2048});
+  player.step();  // of the decode alone: the time is saved for a longer chunk
+  const Plan plan = planner.plan({.now = player.now});
+  const int32_t rows = plan.rows[0], layers = config.num_layers, all = layers + (rows + 255) / 256;
+  CHECK(rows > 256 && plan.rows[3] == 1 && plan.forward_slices == 0 && plan.interruptible);
+  const auto seconds = [&](const StepOutcome& outcome) { return cost.predict(planner.work_of(plan, outcome)); };
+  const double whole = seconds({});
+  double before = 0;
+  for (int32_t ran = 0; ran < all; ++ran) {  // what was done is between the decode alone and all of it
+    const StepOutcome left = {.forward_slices = ran, .forward_done = false, .backward_slices = 0};
+    CHECK(seconds(left) > before && seconds(left) <= whole);
+    CHECK_EQ(planner.work_of(plan, left).train_head_rows, 256.0 * std::max(0, ran - layers));
+    before = seconds(left);
+  }
+  CHECK(seconds({.forward_slices = 0, .forward_done = false}) < 0.5 * whole);
+  planner.abort(plan);
+
+  CHECK_EQ(player.step({.forward_slices = 3, .forward_done = false, .backward_slices = 0}).rows[0], rows);
+  planner.check_invariants();
+  Plan next = planner.plan({.now = player.now});
+  planner.abort(next);
+  CHECK(next.rows[0] == 0 && next.rows[3] == 1);
+  CHECK(next.resumes && next.forward_slices >= all - 3);
+  CHECK(next.interruptible);
+  next = player.step({.forward_slices = 0, .forward_done = false, .backward_slices = 0});
+  next = player.step({.forward_slices = all - 3, .forward_done = true});
+  CHECK(!next.interruptible);  // not twice running before anything ran
+  for (int steps = 0; next.rows[0] == 0 && steps < 20; ++steps) next = player.step();
+  CHECK_EQ(next.micro_row, rows);
+}
+
 TEST(random_work_in_pieces_keeps_every_rule) {
   std::mt19937 random(seed_option());
   const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
-  int64_t steps = 0, stopped = 0, forced = 0, aborted = 0;
+  int64_t steps = 0, stopped = 0, left = 0, forced = 0, aborted = 0;
   for (int episode = 0; episode < 150; ++episode) {
     const CostModel cost = gpu_8b();
     PlannerConfig c = config_with(cost, 0.5, pick(0, 1) ? 0.02 : 0.004);
@@ -352,6 +391,11 @@ TEST(random_work_in_pieces_keeps_every_rule) {
         if (!outcome.forward_done && !plan.resumes) stopped_rows = plan.rows[0];
         if (outcome.forward_done) forwarded += plan.resumes ? stopped_rows : plan.rows[0], stopped_rows = 0;
         stopped += !outcome.forward_done;
+      } else if (!last && plan.rows[0] > 0 && plan.interruptible && pick(0, 2) == 0) {
+        outcome.forward_done = false;
+        outcome.forward_slices = pick(0, c.num_layers + plan.rows[0] / 256);
+        stopped_rows = plan.rows[0];
+        ++left;
       } else {
         forwarded += plan.rows[0];
       }
@@ -407,8 +451,9 @@ TEST(random_work_in_pieces_keeps_every_rule) {
     CHECK(more < 20000);
     CHECK(jobs.empty());
   }
-  std::cout << steps << " steps, " << stopped << " stopped chunks, " << forced << " forced pieces, " << aborted << " aborted\n";
-  CHECK(stopped > 100 && forced > 0 && aborted > 100);
+  std::cout << steps << " steps, " << stopped << " stopped chunks, " << left << " that left their pass, " << forced
+            << " forced pieces, " << aborted << " aborted\n";
+  CHECK(stopped > 100 && left > 100 && forced > 0 && aborted > 100);
 }
 
 TEST(a_plan_of_a_thousand_sequences_and_ten_thousand_adapters_takes_little_time) {

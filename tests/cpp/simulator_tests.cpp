@@ -286,6 +286,32 @@ TEST(a_burst_takes_the_machine_and_gives_it_back) {
   CHECK(static_cast<double>(trained_tokens(result, 0, last, o.seconds)) >= 0.9 * alone * (o.seconds - last - 1));
 }
 
+// Beside a decode it waits for the piece of training under way and for what the decode has left of its pass, not for all of it.
+TEST(an_arrival_beside_decodes_does_not_wait_for_a_pass_with_training) {
+  const CostModel truth(llama_8b(), tiled_gpu());
+  SimulationOptions o = options_for(5, 0.05);
+  o.planner.slice_rows = 1024;
+  o.until_served = true;
+  auto requests = live(1, 256, 2000);
+  std::mt19937_64 random(29);
+  for (double at = 1; requests.size() < 300; at += 0.2 + 0.1 * static_cast<double>(random() % 1000) / 1000) {
+    SimulatedRequest r;
+    r.arrived = at;
+    r.adapter = 1;
+    r.prompt = 20;
+    r.output = 1;
+    requests.push_back(r);
+  }
+  const SimulatedTrainer trainer = packed(4);
+  const SimulationResult result = simulate(o, truth, requests, std::span(&trainer, 1));
+  std::vector<double> waits;
+  for (size_t i = 1; i < requests.size(); ++i) waits.push_back(result.requests[i].scheduled - requests[i].arrived);
+  std::printf("seed 29: first row %.2f ms after it came in the middle, %.2f at most; %lld steps interrupted\n",
+              1e3 * quantile(waits, 0.5), 1e3 * quantile(waits, 1), static_cast<long long>(result.interrupted));
+  CHECK(quantile(waits, 0.5) <= 0.005);
+  CHECK(quantile(waits, 1) <= 0.012);
+}
+
 TEST(targets_that_serving_alone_meets_are_met_beside_training) {
   const CostModel truth = clock_of_gpu();
   const SimulatedTrainer trainers[] = {packed(4), packed(5)};
