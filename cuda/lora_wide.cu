@@ -48,16 +48,19 @@ struct WideArgs {
 
 template <int NR, bool kSum>
 struct Shape {
-  static constexpr int kBlocks = kSum ? (NR == 16 ? 2 : 1) : (NR <= 64 ? 2 : 1);  // of a processor
-  static constexpr int kStages = kSum ? (NR == 16 ? 2 : NR == 32 ? 4 : 3) : NR <= 32 ? 3 : NR <= 64 ? 2 : 4;
+  static constexpr int kBlocks = kSum ? (NR <= 32 ? 2 : 1) : (NR <= 64 ? 2 : 1);  // of a processor
+  static constexpr int kStages = kSum ? (NR <= 32 ? 2 : 4) : NR <= 32 ? 3 : NR <= 64 ? 2 : 4;
   static constexpr int kThinBytes = kRows * NR * 2;
   static constexpr int kStageBytes = kWideBytes + kThinBytes;
   static constexpr int kMatrixBytes = kSum ? kColumns * NR * 2 : 0;  // B
-  static constexpr int kSources = kSum ? 2 * kCluster : 0;           // of shares: the warpgroups of the cluster
+  static constexpr int kSources = kSum ? kCluster : 0;               // of shares: the blocks of the cluster
   static constexpr int kShareVectors = NR / 8 * kWarp;  // of one source: 16 rows as float4, in the order of a warp's sums
   static constexpr int kSharesBytes = kSources * kShareVectors * 16;  // of one step; two steps, and a barrier for each
   static constexpr size_t kShared = size_t{kStages} * kStageBytes + kMatrixBytes + 2 * kSharesBytes + 16 + 1024;
   static_assert(kShared <= (kBlocks == 2 ? 112 : 226) * 1024);
+  // The gradient on its way out, in the place of the stages, with a few floats between rows against bank conflicts.
+  static constexpr int kLdRanks = NR + 8, kLdColumns = kColumns + 4;  // dB [256, NR], dA [NR, 256]
+  static_assert(std::max(kColumns* kLdRanks, kSum ? 0 : NR * kLdColumns) * 4 <= kStages * kStageBytes);
 };
 
 // Column blocks of a part: whole clusters where ds is summed.
@@ -75,12 +78,14 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
   auto cluster = cooperative_groups::this_cluster();
   const int cluster_rank = static_cast<int>(cluster.block_rank());
   const Tile range = find_tile(a.call, a.range, static_cast<int>(blockIdx.y));
+  if (range.group >= 0) fetch_site(range.sites + a.call.site, site);
+  wait_for_previous();
+  let_next_start();
   if (range.group < 0) return;
   const LoraGroup& group = a.call.groups[range.group];
   const bool for_a = !kSum && a.for_a;
   const bool trained = group.grads != nullptr;
   if (!kSum && (!trained || (for_a && group.dropout > 0))) return;
-  fetch_site(range.sites + a.call.site, site);
 
   // This block's columns: of one part (dy), or of x.
   int part = 0, block = static_cast<int>(blockIdx.x);
@@ -106,7 +111,7 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
       load_wide<kRows, kColumns / 64, kLoraThreads>(stage_of(t), p + int64_t{t} * kRows * a.ld_p, a.ld_p, range.rows - t * kRows,
                                                     columns);
   };
-#pragma unroll
+#pragma unroll 1
   for (int t = 0; t < S::kStages - 1; ++t) load_rows(t);  // on their way while the tables come
 
   __syncthreads();
@@ -139,7 +144,7 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
     load_thin<kColumns, NR / 8, kLoraThreads>(
         matrix, static_cast<const uint16_t*>(site.part[part].b) + int64_t{column_begin} * rank, rank, columns, ranks / 8);
   }
-#pragma unroll
+#pragma unroll 1
   for (int t = 0; t < S::kStages - 1; ++t) load_ranks(t);
   if constexpr (kSum) {
     if (threadIdx.x == 0) {
@@ -184,6 +189,27 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
     }
   };
 
+  // A warpgroup's share of ds: of half the ranks, over all columns of the block.
+  constexpr int kShareN = NR / 2, kShareSums = kSum ? kShareN / 2 : 1;
+  float share[kShareSums];
+  // Gives the shares of step t away, and adds up those of step t - 1, which have had a step's time to come.
+  const auto exchange = [&](int t, const float (&sent)[kShareSums]) {
+    // The cluster's barrier says that all blocks have added the shares of step t - 2, whose place these take (and, before the
+    // first step, that their arrival barriers are there).
+    cluster_wait();
+    const uint32_t arrival = arrivals + static_cast<uint32_t>(t % 2 * 8);
+    if (thread == 0) expect_arrival(arrival, S::kSharesBytes);
+    const uint32_t to = shares + static_cast<uint32_t>(t % 2 * S::kSharesBytes +
+                                                       (cluster_rank * S::kShareVectors + half * S::kShareVectors / 2 + lane) * 16);
+#pragma unroll
+    for (int n = 0; n < kShareN / 8; ++n) {
+      send16(to + static_cast<uint32_t>(n * kWarp * 16), arrival, static_cast<uint32_t>(thread % kWarpgroup / kWarp),
+             {sent[4 * n], sent[4 * n + 1], sent[4 * n + 2], sent[4 * n + 3]});
+    }
+    if (t > 0) add_shares(t - 1);
+    cluster_arrive();
+  };
+
   float grad[2][kTiles][N / 2] = {};  // of this warpgroup's two panels
 #pragma unroll 1
   for (int t = 0; t < steps; ++t) {
@@ -194,19 +220,21 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
     load_ranks(t + S::kStages - 1);
     const uint32_t stage = stage_of(t);
     const uint32_t panels = stage + static_cast<uint32_t>(half * 2 * (kRows * 128));
-    float share[kSum ? N / 2 : 1];
+    float sent[kShareSums];  // of the step before
 #pragma unroll
-    for (int i = 0; i < (kSum ? N / 2 : 1); ++i) share[i] = 0;
+    for (int i = 0; i < kShareSums; ++i) sent[i] = kSum ? share[i] : 0, share[i] = 0;
     pin(share);
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) pin(grad[i / kTiles][i % kTiles]);
     begin_products();
     if constexpr (kSum) {
 #pragma unroll
-      for (int c = 0; c < 8; ++c) {  // 16 columns each
-        multiply_async<T, N, Along::sum, Along::across>(
-            share, wide_operand(panels + static_cast<uint32_t>(c / 4 * (kRows * 128) + c % 4 * 32)),
-            thin_operand<kColumns, Along::across>(matrix + static_cast<uint32_t>((half * 128 + c * 16) * 16)), 1);
+      for (int c = 0; c < kColumns / 16; ++c) {  // 16 columns each
+        multiply_async<T, kShareN, Along::sum, Along::across>(
+            share, wide_operand(stage + static_cast<uint32_t>(c / 4 * (kRows * 128) + c % 4 * 32)),
+            thin_operand<kColumns, Along::across>(matrix +
+                                                  static_cast<uint32_t>(half * (kShareN / 8) * kColumns * 16 + c * 16 * 16)),
+            1);
       }
     }
 #pragma unroll
@@ -222,57 +250,81 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
         }
       }
     }
-    finish_products();
+    commit_products();
+    if constexpr (kSum) {
+      if (t > 0) exchange(t - 1, sent);
+    }
+    wait_products();
     pin(share);
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) pin(grad[i / kTiles][i % kTiles]);
-
-    if constexpr (kSum) {
-      // The cluster's barrier says that all blocks have added the shares of step t - 2, whose place these take (and, before the
-      // first step, that their arrival barriers are there). Those of step t - 1 have had a step's time to come.
-      cluster_wait();
-      const uint32_t arrival = arrivals + static_cast<uint32_t>(t % 2 * 8);
-      if (thread == 0) expect_arrival(arrival, S::kSharesBytes);
-      const int source = cluster_rank * 2 + half;
-      const uint32_t to = shares + static_cast<uint32_t>(t % 2 * S::kSharesBytes + (source * S::kShareVectors + lane) * 16);
-#pragma unroll
-      for (int n = 0; n < N / 8; ++n) {
-        send16(to + static_cast<uint32_t>(n * kWarp * 16), arrival, static_cast<uint32_t>(thread % kWarpgroup / kWarp),
-               {share[4 * n], share[4 * n + 1], share[4 * n + 2], share[4 * n + 3]});
-      }
-      if (t > 0) add_shares(t - 1);
-      cluster_arrive();
-    }
   }
-  if constexpr (kSum) add_shares(steps - 1);
+  if constexpr (kSum) {
+    exchange(steps - 1, share);
+    add_shares(steps - 1);
+  }
 
   if (trained) {
-    const LoraGradSite& grads = group.grads[a.call.site];
+    // By way of shared memory: whole vectors to memory, and little code, which a block runs once and from a cold instruction cache.
     const bool whole = group.rows <= a.range;
-    const float scale = for_a ? 1.0f : site.part[part].scale;
+    __syncthreads();  // nobody multiplies any more
+    float* sums = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int panel = 0; panel < 2; ++panel) {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) {
-          const int column = half * 128 + panel * 64 + fragment_row + i % 4 / 2 * 8;
-          int r = rank_begin + j * 64 + i / 4 * 8 + fragment_column + i % 2;
-          if (column >= columns || r >= rank) continue;
-          const float value = grad[panel][j][i];
-          const int64_t c = column_begin + column;
-          if (!whole) {
-            a.partial[blockIdx.y * a.slot + (for_a ? r * columns_of_part + c : place + c * rank + r)] = value;
-          } else if (for_a) {
-            int owner = 0;
-            while (r >= site.part[owner].rank) r -= site.part[owner++].rank;
-            float* da = grads.part[owner].da;
-            if (da != nullptr) da[r * columns_of_part + c] += value;
-          } else {
-            float* db = grads.part[part].db;
-            if (db != nullptr) db[c * rank + r] += scale * value;
-          }
+          const int column = half * 128 + panel * 64 + fragment_row + i % 4 / 2 * 8,
+                    r = j * 64 + i / 4 * 8 + fragment_column + i % 2;
+          sums[for_a ? r * S::kLdColumns + column : column * S::kLdRanks + r] = grad[panel][j][i];
         }
+      }
+    }
+    __syncthreads();
+    const LoraGradSite& grads = group.grads[a.call.site];
+    float* out = whole ? for_a ? nullptr : grads.part[part].db : a.partial + blockIdx.y * a.slot + place;
+    const float scale = for_a || !whole ? 1.0f : site.part[part].scale;
+    const int vectors_of_row = for_a ? kColumns / 4 : ranks / 4,
+              vectors = for_a ? ranks * vectors_of_row : columns * vectors_of_row;
+    // Vector u, in shared memory and where it goes; null: nowhere.
+    const auto source = [&](int u) {
+      const int row = u / vectors_of_row, i = u % vectors_of_row * 4;
+      return *reinterpret_cast<const float4*>(sums + row * (for_a ? S::kLdColumns : S::kLdRanks) + i);
+    };
+    const auto target = [&](int u) -> float4* {
+      if (u >= vectors) return nullptr;
+      int row = u / vectors_of_row;
+      const int i = u % vectors_of_row * 4;
+      if (!for_a)
+        return out == nullptr ? nullptr : reinterpret_cast<float4*>(out + int64_t{column_begin + row} * rank + rank_begin + i);
+      if (i >= columns) return nullptr;
+      row += rank_begin;
+      float* to = out;
+      if (whole) {
+        int owner = 0;
+#pragma unroll 1
+        while (row >= site.part[owner].rank) row -= site.part[owner++].rank;
+        to = grads.part[owner].da;
+        if (to == nullptr) return nullptr;
+      }
+      return reinterpret_cast<float4*>(to + row * columns_of_part + column_begin + i);
+    };
+    constexpr int kTogether = 4;  // old values under way
+#pragma unroll 1
+    for (int first = thread; first < vectors; first += kTogether * kLoraThreads) {
+      float4* to[kTogether];
+      float4 old[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        to[i] = target(first + i * kLoraThreads);
+        old[i] = whole && to[i] != nullptr ? *to[i] : float4{};
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (to[i] == nullptr) continue;
+        const float4 add = source(first + i * kLoraThreads);
+        *to[i] = {old[i].x + scale * add.x, old[i].y + scale * add.y, old[i].z + scale * add.z, old[i].w + scale * add.w};
       }
     }
   }
@@ -285,8 +337,10 @@ constexpr int kSumRows = 16;
 template <class T>
 __device__ void finish_sum(const WideArgs& a, int ld_share, int block, LoraSite& site) {
   const Tile tile = find_tile(a.call, kSumRows, block);
+  if (tile.group >= 0) fetch_site(tile.sites + a.call.site, site);
+  wait_for_previous();
+  let_next_start();
   if (tile.group < 0) return;
-  fetch_site(tile.sites + a.call.site, site);
   __syncthreads();
   int index = 0, s_column = 0;
   for (int part = 0; part < a.call.parts; ++part) {
@@ -314,14 +368,17 @@ constexpr int kGradFloats = kLoraThreads * 4;
 
 __device__ inline void finish_grad(const WideArgs& a, int index, int block, LoraSite& site) {
   const LoraGroup& group = a.call.groups[index];
-  if (group.sites == nullptr || group.grads == nullptr || group.rows <= a.range || (a.for_a && group.dropout > 0)) return;
-  fetch_site(group.sites + a.call.site, site);
+  const bool some = group.sites != nullptr && group.grads != nullptr && group.rows > a.range && !(a.for_a && group.dropout > 0);
+  if (some) fetch_site(group.sites + a.call.site, site);
   int first = 0;  // range of this group, as find_tile() counts them
   for (int g = static_cast<int>(threadIdx.x) % kWarp; g < index; g += kWarp) {
     const LoraGroup& before = a.call.groups[g];
     if (before.sites != nullptr) first += (before.rows + a.range - 1) / a.range;
   }
   first = warp_sum(first);
+  wait_for_previous();
+  let_next_start();
+  if (!some) return;
   __syncthreads();
   const int ranges = (group.rows + a.range - 1) / a.range;
   const LoraGradSite& grads = group.grads[a.call.site];
@@ -333,19 +390,18 @@ __device__ inline void finish_grad(const WideArgs& a, int index, int block, Lora
       e -= size;
       continue;
     }
+    float* to = a.for_a ? grads.part[part].da : grads.part[part].db;
+    if (to == nullptr) return;
+    const float4 old = *reinterpret_cast<const float4*>(to + e);
     float4 total = {};
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < ranges; ++i) {
       const float4 add = *reinterpret_cast<const float4*>(a.partial + (first + i) * a.slot + begin);
       total = {total.x + add.x, total.y + add.y, total.z + add.z, total.w + add.w};
     }
-    float* to = a.for_a ? grads.part[part].da : grads.part[part].db;
-    if (to == nullptr) return;
     const float scale = a.for_a ? 1.0f : site.part[part].scale;
-    to[e] += scale * total.x;
-    to[e + 1] += scale * total.y;
-    to[e + 2] += scale * total.z;
-    to[e + 3] += scale * total.w;
+    *reinterpret_cast<float4*>(to + e) = {old.x + scale * total.x, old.y + scale * total.y, old.z + scale * total.z,
+                                          old.w + scale * total.w};
     return;
   }
 }
@@ -407,14 +463,16 @@ void launch_wide(const WideArgs& args, int64_t blocks, int64_t ranges, int rank,
          Shape<NR, kSum>::kShared,
          stream,
          kSum ? kCluster : 1,
-         where}(wide_kernel<T, NR, kSum>, args);
+         where,
+         true}(wide_kernel<T, NR, kSum>, args);
 }
 
 template <class T>
 void finish(const WideArgs& args, const Ranges& ranges, int64_t sums, int ld_share, cudaStream_t stream) {
   const int64_t blocks = ranges.bytes > 0 ? ceil_div(args.slot, kGradFloats) : 0;
-  Launch{dim3(static_cast<unsigned>(sums + blocks * args.call.count)), dim3(kLoraThreads), 0, stream}(
-      finish_kernel<T>, args, ld_share, static_cast<int>(sums), static_cast<int>(blocks));
+  Launch launch{dim3(static_cast<unsigned>(sums + blocks * args.call.count)), dim3(kLoraThreads), 0, stream};
+  launch.overlap = true;
+  launch(finish_kernel<T>, args, ld_share, static_cast<int>(sums), static_cast<int>(blocks));
 }
 
 int ranks_at_once(int rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : rank <= 48 ? 48 : rank <= 64 ? 64 : kGradRanks; }
@@ -437,7 +495,7 @@ bool CudaOps::wide_sum(const LoraLinear& linear, const LoraGroups& groups, const
   if (share_bytes > kMostScratch) return false;
   WideArgs args = {call, false, dy.data, dy.ld, s.data, s.ld, ds.data, ds.ld, nullptr, dy.rows, nullptr, 0, 0};
   args.slot = slot_of(linear, groups, false);
-  const int64_t room = int64_t{device_.processors()} * (width == 16 ? Shape<16, true>::kBlocks : Shape<64, true>::kBlocks);
+  const int64_t room = int64_t{device_.processors()} * (width <= 32 ? Shape<16, true>::kBlocks : Shape<64, true>::kBlocks);
   const Ranges ranges = ranges_of(groups, blocks, room, args.slot, kMostScratch);
   args.range = ranges.rows;
   std::byte* scratch = static_cast<std::byte*>(lora_scratch_.get(share_bytes + ranges.bytes));
