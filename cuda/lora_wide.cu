@@ -15,6 +15,7 @@
 
 #include "cuda_ops.h"
 #include "lora.cuh"
+#include "tma.cuh"
 #include "wgmma.cuh"
 
 namespace loquetier::cuda {
@@ -31,6 +32,7 @@ constexpr int64_t kLeastRows = 256;  // of a range: the gradient of a shorter on
 constexpr size_t kMostScratch = kMostLoraShares;  // of shares, and of unfinished gradients
 
 struct WideArgs {
+  CUtensorMap map;  // of p
   LoraCall call;
   bool for_a;     // p is x, l is ds, the gradient dA; otherwise dy, s, dB
   const void* p;  // [T, wide]
@@ -75,8 +77,14 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
   static_assert(!kSum || (kTiles == 1 && S::kShareVectors <= kLoraThreads));
   extern __shared__ uint8_t raw[];
   __shared__ LoraSite site;
-  auto cluster = cooperative_groups::this_cluster();
-  const int cluster_rank = static_cast<int>(cluster.block_rank());
+  __shared__ uint64_t arrived[S::kStages];  // whole steps of p, by the copy engine
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
+  const int half = __shfl_sync(0xffffffffu, thread / kWarpgroup, 0);
+  const int cluster_rank = kSum ? static_cast<int>(cooperative_groups::this_cluster().block_rank()) : 0;
+  if (thread == 0) {
+    for (uint64_t& barrier : arrived) barrier_init(barrier, 1);
+    barrier_init_fence();
+  }
   const Tile range = find_tile(a.call, a.range, static_cast<int>(blockIdx.y));
   if (range.group >= 0) fetch_site(range.sites + a.call.site, site);
   wait_for_previous();
@@ -106,13 +114,22 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
   const uint16_t* p = static_cast<const uint16_t*>(a.p) + range.row * a.ld_p + p_column + column_begin;
   const int steps = (range.rows + kRows - 1) / kRows;
   const auto stage_of = [&](int t) { return base + static_cast<uint32_t>(t % S::kStages * S::kStageBytes); };
+  // The rows behind a range are another adapter's and may be anything: zeros in their place.
   const auto load_rows = [&](int t) {
-    if (t < steps)
+    if (t >= steps) return;
+    uint64_t& barrier = arrived[t % S::kStages];
+    if (range.rows - t * kRows < kRows) {
       load_wide<kRows, kColumns / 64, kLoraThreads>(stage_of(t), p + int64_t{t} * kRows * a.ld_p, a.ld_p, range.rows - t * kRows,
                                                     columns);
+      if (thread == 0) barrier_arrive(barrier);
+    } else if (thread == 0) {
+      barrier_expect(barrier, kWideBytes);
+#pragma unroll
+      for (int panel = 0; panel < kColumns / 64; ++panel)
+        tma_load(stage_of(t) + static_cast<uint32_t>(panel * kRows * 128), a.map, barrier,
+                 static_cast<int>(p_column) + column_begin + panel * 64, static_cast<int>(range.row) + t * kRows, kNoHint);
+    }
   };
-#pragma unroll 1
-  for (int t = 0; t < S::kStages - 1; ++t) load_rows(t);  // on their way while the tables come
 
   __syncthreads();
   int l_column = 0, rank = 0;
@@ -127,17 +144,24 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
     rank = site.part[part].rank;
   }
   const int rank_begin = static_cast<int>(blockIdx.z) * NR;
-  if (rank_begin >= rank) {  // of the whole cluster, as are the returns before
-    commit_copies();
-    wait_copies<0>();
-    return;
-  }
+  if (rank_begin >= rank) return;  // of the whole cluster, as are the returns before
   const int ranks = min(NR, rank - rank_begin);
   const uint16_t* l = static_cast<const uint16_t*>(a.l) + range.row * a.ld_l + l_column + rank_begin;
+  // As load_thin() lays them out. Two neighbours take 32 bytes of a row.
+  const int l_row = thread / 2 % kRows, l_unit = thread % 2 + thread / (2 * kRows) * 2;
+  constexpr int kUnitsAtOnce = kLoraThreads / kRows;
+  const uint16_t* l_from = l + l_row * a.ld_l + l_unit * 8;
+  const uint32_t l_to = kWideBytes + static_cast<uint32_t>((l_unit * kRows + l_row) * 16);
   const auto load_ranks = [&](int t) {
-    if (t < steps)
-      load_thin<kRows, NR / 8, kLoraThreads>(stage_of(t) + kWideBytes, l + int64_t{t} * kRows * a.ld_l, a.ld_l,
-                                             trained ? range.rows - t * kRows : 0, ranks / 8);
+    if (t < steps) {
+      const bool row_real = trained && l_row < range.rows - t * kRows;
+#pragma unroll
+      for (int u = 0; u < NR / 8; u += kUnitsAtOnce) {
+        const bool real = row_real && l_unit + u < ranks / 8;
+        if (l_unit + u < NR / 8)
+          copy16(stage_of(t) + l_to + static_cast<uint32_t>(u * kRows * 16), real ? l_from + t * kRows * a.ld_l + u * 8 : l, real);
+      }
+    }
     commit_copies();  // also without copies: groups are counted
   };
   if constexpr (kSum) {
@@ -145,7 +169,10 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
         matrix, static_cast<const uint16_t*>(site.part[part].b) + int64_t{column_begin} * rank, rank, columns, ranks / 8);
   }
 #pragma unroll 1
-  for (int t = 0; t < S::kStages - 1; ++t) load_ranks(t);
+  for (int t = 0; t < S::kStages - 1; ++t) {
+    load_rows(t);
+    load_ranks(t);
+  }
   if constexpr (kSum) {
     if (threadIdx.x == 0) {
       init_arrival(arrivals);
@@ -155,7 +182,6 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
     cluster_arrive();
   }
 
-  const int thread = static_cast<int>(threadIdx.x), half = thread / kWarpgroup, lane = thread % kWarp;
   const int fragment_row = thread % kWarpgroup / kWarp * 16 + lane / 4, fragment_column = lane % 4 * 2;
 
   // This block's 16 rows of ds of step t: the shares that came, in the order of blocks and warpgroups.
@@ -213,6 +239,7 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
   float grad[2][kTiles][N / 2] = {};  // of this warpgroup's two panels
 #pragma unroll 1
   for (int t = 0; t < steps; ++t) {
+    barrier_wait(arrived[t % S::kStages], static_cast<uint32_t>(t / S::kStages % 2));
     wait_copies<S::kStages - 2>();
     async_fence();
     __syncthreads();  // the step's operands are there, and nobody multiplies those of the step before any more
@@ -493,7 +520,8 @@ bool CudaOps::wide_sum(const LoraLinear& linear, const LoraGroups& groups, const
   }
   const size_t share_bytes = shared_parts ? static_cast<size_t>(blocks / kCluster * dy.rows * width) * sizeof(float) : 0;
   if (share_bytes > kMostScratch) return false;
-  WideArgs args = {call, false, dy.data, dy.ld, s.data, s.ld, ds.data, ds.ld, nullptr, dy.rows, nullptr, 0, 0};
+  WideArgs args = {
+      tensor_maps_.get(dy, 64, kRows), call, false, dy.data, dy.ld, s.data, s.ld, ds.data, ds.ld, nullptr, dy.rows, nullptr, 0, 0};
   args.slot = slot_of(linear, groups, false);
   const int64_t room = int64_t{device_.processors()} * (width <= 32 ? Shape<16, true>::kBlocks : Shape<64, true>::kBlocks);
   const Ranges ranges = ranges_of(groups, blocks, room, args.slot, kMostScratch);
@@ -520,7 +548,8 @@ void CudaOps::wide_gradient(Gradient of, const LoraLinear& linear, const LoraGro
   const int rank = for_a ? ranks.stacked : ranks.single, width = ranks_at_once(rank);
   int64_t blocks = 0;
   for (int i = 0; i < (for_a ? 1 : linear.parts); ++i) blocks += blocks_of(for_a ? linear.in : linear.out[i], 1);
-  WideArgs args = {call, for_a, p.data, p.ld, l.data, l.ld, nullptr, 0, nullptr, p.rows, nullptr, 0, 0};
+  WideArgs args = {
+      tensor_maps_.get(p, 64, kRows), call, for_a, p.data, p.ld, l.data, l.ld, nullptr, 0, nullptr, p.rows, nullptr, 0, 0};
   args.slot = slot_of(linear, groups, for_a);
   const int64_t room = int64_t{device_.processors()} * (width <= 64 ? Shape<64, false>::kBlocks : Shape<128, false>::kBlocks);
   const Ranges ranges = ranges_of(groups, blocks * ceil_div(rank, width), room, args.slot, kMostScratch);
