@@ -23,6 +23,7 @@ namespace loquetier::cuda {
 namespace {
 
 constexpr int kColumns = 256;  // of a block: four panels, two to a warpgroup
+constexpr int kPanel = 64;     // columns: 128 bytes
 constexpr int kRows = 64;      // of a step
 constexpr int kCluster = 4;    // blocks side by side that add their shares of ds: a warp's rows go to the block of its number
 constexpr int kWideBytes = kRows * kColumns * 2;
@@ -41,11 +42,11 @@ struct WideArgs {
   int64_t ld_l;
   void* ds;  // kSum
   int64_t ld_ds;
-  float* shares;   // [clusters, T, NR] of ds, where a part has more than one cluster
-  int64_t rows;    // T
-  float* partial;  // [ranges, slot] gradients, of groups with more than one range
-  int64_t slot;    // floats of the largest gradient of a group
-  int range;       // rows
+  int64_t rows;              // T
+  float* shares = nullptr;   // [clusters, T, NR] of ds, where a part has more than one cluster
+  float* partial = nullptr;  // [ranges, slot] gradients, of groups with more than one range
+  int64_t slot = 0;          // floats of the largest gradient of a group
+  int range = 0;             // rows
 };
 
 template <int NR, bool kSum>
@@ -450,23 +451,23 @@ struct Ranges {
   size_t bytes = 0;  // of the gradients that are not finished at once
 };
 
-// Ranges that fill the device once, if rows are many enough, with at most `bytes` of unfinished gradients.
+// The ranges for which the device, with `room` blocks at a time, is done first, with at most `bytes` of unfinished gradients.
 Ranges ranges_of(const LoraGroups& groups, int64_t blocks, int64_t room, int64_t slot, size_t bytes) {
-  int64_t rows = 0, largest = 0;
-  for (int32_t g = 0; g < groups.count; ++g) {
-    const LoraGroup& group = groups.host_groups[g];
-    if (group.sites == nullptr) continue;
-    rows += group.rows;
-    largest = std::max(largest, int64_t{group.rows});
+  constexpr int64_t kStart = 5;  // a block's start and end, in steps: about 10 us on an H200, where a step takes 1.7
+  const int64_t largest = count_tiles(groups, kRows).largest,
+                most = std::min(ceil_div(largest, kLeastRows), ceil_div(room, blocks));
+  Ranges best;
+  int64_t least = INT64_MAX;
+  for (int64_t pieces = 1; pieces <= std::max<int64_t>(1, most); ++pieces) {  // of the largest group
+    const int64_t steps = ceil_div(ceil_div(largest, pieces), kRows);
+    Ranges ranges{static_cast<int>(steps * kRows), count_tiles(groups, static_cast<int>(steps * kRows)).tiles, 0};
+    if (largest > ranges.rows) ranges.bytes = static_cast<size_t>(ranges.count * slot) * sizeof(float);
+    const int64_t time = ceil_div(ranges.count * blocks, room) * (steps + kStart);
+    if (ranges.bytes > bytes || time >= least) continue;
+    least = time;
+    best = ranges;
   }
-  const auto whole_steps = [](int64_t n) { return ceil_div(n, kRows) * kRows; };
-  int64_t range = std::max(kLeastRows, whole_steps(ceil_div(rows, std::max<int64_t>(1, room / blocks))));
-  for (;; range *= 2) {
-    range = std::min(range, whole_steps(largest));
-    Ranges ranges{static_cast<int>(range), count_tiles(groups, static_cast<int>(range)).tiles, 0};
-    if (largest > range) ranges.bytes = static_cast<size_t>(ranges.count * slot) * sizeof(float);
-    if (ranges.bytes <= bytes) return ranges;  // at the latest when no group is cut
-  }
+  return best;
 }
 
 // Floats of the largest gradient of one group; a multiple of 8 in a fast layout.
@@ -492,6 +493,29 @@ void launch_wide(const WideArgs& args, int64_t blocks, int64_t ranges, int rank,
          kSum ? kCluster : 1,
          where,
          true}(wide_kernel<T, NR, kSum>, args);
+}
+
+// Clusters of ds and dB that the device runs at a time: fewer than its processors have room for, since the blocks of a cluster are
+// on processors of one group.
+template <class T, int NR>
+int clusters_at_once() {
+  constexpr auto kernel = wide_kernel<T, NR, true>;
+  constexpr size_t kShared = Shape<NR, true>::kShared;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(kCluster);
+  config.blockDim = dim3(kLoraThreads);
+  config.dynamicSmemBytes = kShared;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = kCluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kShared)),
+        "cudaFuncSetAttribute(shared memory)");
+  int count = 0;
+  check(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
+  return std::max(1, count);
 }
 
 template <class T>
@@ -520,23 +544,25 @@ bool CudaOps::wide_sum(const LoraLinear& linear, const LoraGroups& groups, const
   }
   const size_t share_bytes = shared_parts ? static_cast<size_t>(blocks / kCluster * dy.rows * width) * sizeof(float) : 0;
   if (share_bytes > kMostScratch) return false;
-  WideArgs args = {
-      tensor_maps_.get(dy, 64, kRows), call, false, dy.data, dy.ld, s.data, s.ld, ds.data, ds.ld, nullptr, dy.rows, nullptr, 0, 0};
+  WideArgs args = {tensor_maps_.get(dy, kPanel, kRows), call, false, dy.data, dy.ld, s.data, s.ld, ds.data, ds.ld, dy.rows};
   args.slot = slot_of(linear, groups, false);
-  const int64_t room = int64_t{device_.processors()} * (width <= 32 ? Shape<16, true>::kBlocks : Shape<64, true>::kBlocks);
-  const Ranges ranges = ranges_of(groups, blocks, room, args.slot, kMostScratch);
-  args.range = ranges.rows;
-  std::byte* scratch = static_cast<std::byte*>(lora_scratch_.get(share_bytes + ranges.bytes));
-  args.shares = reinterpret_cast<float*>(scratch);
-  args.partial = reinterpret_cast<float*>(scratch + share_bytes);
   const std::source_location where = std::source_location::current();
   dispatch_half(dtype_, [&]<class T>() {
-    const auto go = [&]<int NR>() { launch_wide<T, NR, true>(args, blocks, ranges.count, NR, stream(), where); };
+    const auto go = [&]<int NR>() {
+      int& clusters = wide_clusters_[NR / 16 - 1];
+      if (clusters == 0) clusters = clusters_at_once<T, NR>();
+      const Ranges ranges = ranges_of(groups, blocks, int64_t{clusters} * kCluster, args.slot, kMostScratch);
+      std::byte* scratch = static_cast<std::byte*>(lora_scratch_.get(share_bytes + ranges.bytes));
+      args.shares = reinterpret_cast<float*>(scratch);
+      args.partial = reinterpret_cast<float*>(scratch + share_bytes);
+      args.range = ranges.rows;
+      launch_wide<T, NR, true>(args, blocks, ranges.count, NR, stream(), where);
+      finish<T>(args, ranges, shared_parts ? count_tiles(groups, kSumRows).tiles : 0, NR, stream());
+    };
     if (width == 16) go.template operator()<16>();
     else if (width == 32) go.template operator()<32>();
     else if (width == 48) go.template operator()<48>();
     else go.template operator()<64>();
-    finish<T>(args, ranges, shared_parts ? count_tiles(groups, kSumRows).tiles : 0, width, stream());
   });
   return true;
 }
@@ -548,8 +574,7 @@ void CudaOps::wide_gradient(Gradient of, const LoraLinear& linear, const LoraGro
   const int rank = for_a ? ranks.stacked : ranks.single, width = ranks_at_once(rank);
   int64_t blocks = 0;
   for (int i = 0; i < (for_a ? 1 : linear.parts); ++i) blocks += blocks_of(for_a ? linear.in : linear.out[i], 1);
-  WideArgs args = {
-      tensor_maps_.get(p, 64, kRows), call, for_a, p.data, p.ld, l.data, l.ld, nullptr, 0, nullptr, p.rows, nullptr, 0, 0};
+  WideArgs args = {tensor_maps_.get(p, kPanel, kRows), call, for_a, p.data, p.ld, l.data, l.ld, nullptr, 0, p.rows};
   args.slot = slot_of(linear, groups, for_a);
   const int64_t room = int64_t{device_.processors()} * (width <= 64 ? Shape<64, false>::kBlocks : Shape<128, false>::kBlocks);
   const Ranges ranges = ranges_of(groups, blocks * ceil_div(rank, width), room, args.slot, kMostScratch);
