@@ -191,7 +191,7 @@ class CudaOps final : public Ops {
   void small_gradient(Gradient of, const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, bool fast,
                       TensorView l, TensorView p);
   void wide_gradient(Gradient of, const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, TensorView l,
-                     TensorView p);
+                     TensorView p, bool p_there);
   // ds and dB in one pass over dy; false: ranks or sums are too large for it, nothing was done.
   bool wide_sum(const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, TensorView s, TensorView dy,
                 TensorView ds);

@@ -3,9 +3,12 @@
 //
 // A block takes 256 columns of the wide rows and walks down a range of one group's rows, 64 at a time; a warpgroup has 128 of the
 // columns. Its gradient [256, R] stays in registers over the whole range. With kSum it also has that part of B in shared memory and
-// multiplies every 64 rows into a share of ds [64, R]; the four blocks of a cluster (1024 columns) send them to each other, 16 rows
-// to each, which adds them up. All sums have a fixed order: what a range or a cluster cannot finish goes to scratch as f32 and a
-// second kernel adds it up.
+// multiplies every 64 rows into a share of ds [64, R], half of the ranks to a warpgroup; the four blocks of a cluster (1024
+// columns) send them to each other, 16 rows to each, which adds them up while the next products run. All sums have a fixed order:
+// what a range or a cluster cannot finish goes to scratch as f32 and a second kernel adds it up.
+//
+// Each launch begins while the one in front ends, and waits for it behind its tables. A block's code for its start and end is kept
+// short: it runs once a block, from a cold instruction cache.
 //
 // Traffic beside the wide rows themselves, R = 16: shares of ds 2 R / 1024 of it, gradients of a range 2 R / rows of the range,
 // each written and read once, mostly in the L2.
@@ -43,11 +46,18 @@ struct WideArgs {
   void* ds;  // kSum
   int64_t ld_ds;
   int64_t rows;              // T
+  bool p_there = false;      // p was written before the launch in front of this one began
   float* shares = nullptr;   // [clusters, T, NR] of ds, where a part has more than one cluster
   float* partial = nullptr;  // [ranges, slot] gradients, of groups with more than one range
   int64_t slot = 0;          // floats of the largest gradient of a group
   int range = 0;             // rows
 };
+
+// Waits for the launch in front, and only then lets the next one begin, which may rely on what came before this one.
+__device__ inline void start_after_previous() {
+  wait_for_previous();
+  let_next_start();
+}
 
 template <int NR, bool kSum>
 struct Shape {
@@ -71,6 +81,32 @@ __host__ __device__ constexpr int blocks_of(int64_t columns, int cluster) {
   return static_cast<int>(ceil_div(columns, kColumns * cluster) * cluster);
 }
 
+// A block's gradient from shared memory [rows, ld] to its rows in memory, of which row_of(row) is the first float, or null: `add`ed
+// to what is there, or put there.
+template <class F>
+__device__ inline void write_gradient(const float* sums, int ld, int rows, int row_floats, bool add, float scale, F&& row_of) {
+  constexpr int kTogether = 4;  // old values that a thread waits for at a time
+  const int thread = static_cast<int>(threadIdx.x), vectors = row_floats / 4, apart = kLoraThreads / vectors;
+  const int first = thread / vectors, i = (thread - first * vectors) * 4;
+#pragma unroll 1
+  for (int row = first < apart ? first : rows; row < rows; row += kTogether * apart) {
+    float4* to[kTogether];
+    float4 old[kTogether];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      float* begin = row + k * apart < rows ? row_of(row + k * apart) : nullptr;
+      to[k] = begin == nullptr ? nullptr : reinterpret_cast<float4*>(begin + i);
+      old[k] = add && to[k] != nullptr ? *to[k] : float4{};
+    }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      if (to[k] == nullptr) continue;
+      const float4 sum = *reinterpret_cast<const float4*>(sums + (row + k * apart) * ld + i);
+      *to[k] = {old[k].x + scale * sum.x, old[k].y + scale * sum.y, old[k].z + scale * sum.z, old[k].w + scale * sum.w};
+    }
+  }
+}
+
 template <class T, int NR, bool kSum>
 __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_kernel(const __grid_constant__ WideArgs a) {
   using S = Shape<NR, kSum>;
@@ -87,14 +123,13 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
     barrier_init_fence();
   }
   const Tile range = find_tile(a.call, a.range, static_cast<int>(blockIdx.y));
-  if (range.group >= 0) fetch_site(range.sites + a.call.site, site);
-  wait_for_previous();
-  let_next_start();
-  if (range.group < 0) return;
+  if (range.group < 0) return start_after_previous();
+  fetch_site(range.sites + a.call.site, site);
   const LoraGroup& group = a.call.groups[range.group];
   const bool for_a = !kSum && a.for_a;
   const bool trained = group.grads != nullptr;
-  if (!kSum && (!trained || (for_a && group.dropout > 0))) return;
+  if (!kSum && (!trained || (for_a && group.dropout > 0))) return start_after_previous();
+  if (!a.p_there) start_after_previous();
 
   // This block's columns: of one part (dy), or of x.
   int part = 0, block = static_cast<int>(blockIdx.x);
@@ -115,22 +150,27 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
   const uint16_t* p = static_cast<const uint16_t*>(a.p) + range.row * a.ld_p + p_column + column_begin;
   const int steps = (range.rows + kRows - 1) / kRows;
   const auto stage_of = [&](int t) { return base + static_cast<uint32_t>(t % S::kStages * S::kStageBytes); };
-  // The rows behind a range are another adapter's and may be anything: zeros in their place.
+  // The rows behind a range are another adapter's and may be anything: zeros in their place. Columns behind a part are the next
+  // one's of the same rows: they meet zeros of B, and sums that are not stored.
   const auto load_rows = [&](int t) {
     if (t >= steps) return;
     uint64_t& barrier = arrived[t % S::kStages];
     if (range.rows - t * kRows < kRows) {
-      load_wide<kRows, kColumns / 64, kLoraThreads>(stage_of(t), p + int64_t{t} * kRows * a.ld_p, a.ld_p, range.rows - t * kRows,
-                                                    columns);
+      load_wide<kRows, kColumns / kPanel, kLoraThreads>(stage_of(t), p + int64_t{t} * kRows * a.ld_p, a.ld_p,
+                                                        range.rows - t * kRows, columns);
       if (thread == 0) barrier_arrive(barrier);
     } else if (thread == 0) {
       barrier_expect(barrier, kWideBytes);
 #pragma unroll
-      for (int panel = 0; panel < kColumns / 64; ++panel)
+      for (int panel = 0; panel < kColumns / kPanel; ++panel)
         tma_load(stage_of(t) + static_cast<uint32_t>(panel * kRows * 128), a.map, barrier,
-                 static_cast<int>(p_column) + column_begin + panel * 64, static_cast<int>(range.row) + t * kRows, kNoHint);
+                 static_cast<int>(p_column) + column_begin + panel * kPanel, static_cast<int>(range.row) + t * kRows, kNoHint);
     }
   };
+
+#pragma unroll 1
+  for (int t = 0; t < S::kStages - 1; ++t) load_rows(t);  // on their way while the tables come
+  if (a.p_there) start_after_previous();
 
   __syncthreads();
   int l_column = 0, rank = 0;
@@ -145,7 +185,12 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
     rank = site.part[part].rank;
   }
   const int rank_begin = static_cast<int>(blockIdx.z) * NR;
-  if (rank_begin >= rank) return;  // of the whole cluster, as are the returns before
+  if (rank_begin >= rank) {  // of the whole cluster, as are the returns before
+    commit_copies();
+    wait_copies<0>();
+    for (int t = 0; t < min(S::kStages - 1, steps); ++t) barrier_wait(arrived[t], 0);
+    return;
+  }
   const int ranks = min(NR, rank - rank_begin);
   const uint16_t* l = static_cast<const uint16_t*>(a.l) + range.row * a.ld_l + l_column + rank_begin;
   // As load_thin() lays them out. Two neighbours take 32 bytes of a row.
@@ -170,10 +215,7 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
         matrix, static_cast<const uint16_t*>(site.part[part].b) + int64_t{column_begin} * rank, rank, columns, ranks / 8);
   }
 #pragma unroll 1
-  for (int t = 0; t < S::kStages - 1; ++t) {
-    load_rows(t);
-    load_ranks(t);
-  }
+  for (int t = 0; t < S::kStages - 1; ++t) load_ranks(t);
   if constexpr (kSum) {
     if (threadIdx.x == 0) {
       init_arrival(arrivals);
@@ -185,7 +227,7 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
 
   const int fragment_row = thread % kWarpgroup / kWarp * 16 + lane / 4, fragment_column = lane % 4 * 2;
 
-  // This block's 16 rows of ds of step t: the shares that came, in the order of blocks and warpgroups.
+  // This block's 16 rows of ds of step t: the shares that came, in the order of blocks.
   const int clusters = blocks_of(columns_of_part, kCluster) / kCluster;  // of the part
   const auto add_shares = [&](int t) {
     wait_arrival(arrivals + static_cast<uint32_t>(t % 2 * 8), static_cast<uint32_t>(t / 2 % 2));
@@ -293,7 +335,6 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
   }
 
   if (trained) {
-    // By way of shared memory: whole vectors to memory, and little code, which a block runs once and from a cold instruction cache.
     const bool whole = group.rows <= a.range;
     __syncthreads();  // nobody multiplies any more
     float* sums = reinterpret_cast<float*>(shared);
@@ -311,50 +352,23 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
     }
     __syncthreads();
     const LoraGradSite& grads = group.grads[a.call.site];
-    float* out = whole ? for_a ? nullptr : grads.part[part].db : a.partial + blockIdx.y * a.slot + place;
-    const float scale = for_a || !whole ? 1.0f : site.part[part].scale;
-    const int vectors_of_row = for_a ? kColumns / 4 : ranks / 4,
-              vectors = for_a ? ranks * vectors_of_row : columns * vectors_of_row;
-    // Vector u, in shared memory and where it goes; null: nowhere.
-    const auto source = [&](int u) {
-      const int row = u / vectors_of_row, i = u % vectors_of_row * 4;
-      return *reinterpret_cast<const float4*>(sums + row * (for_a ? S::kLdColumns : S::kLdRanks) + i);
-    };
-    const auto target = [&](int u) -> float4* {
-      if (u >= vectors) return nullptr;
-      int row = u / vectors_of_row;
-      const int i = u % vectors_of_row * 4;
-      if (!for_a)
-        return out == nullptr ? nullptr : reinterpret_cast<float4*>(out + int64_t{column_begin + row} * rank + rank_begin + i);
-      if (i >= columns) return nullptr;
+    const auto row_of = [&](int row) -> float* {  // of dB: a column of dy
+      float* to = a.partial + blockIdx.y * a.slot + place;
+      if (!for_a) {
+        if (whole) to = grads.part[part].db;
+        return to == nullptr ? nullptr : to + int64_t{column_begin + row} * rank + rank_begin;
+      }
       row += rank_begin;
-      float* to = out;
       if (whole) {
         int owner = 0;
 #pragma unroll 1
         while (row >= site.part[owner].rank) row -= site.part[owner++].rank;
         to = grads.part[owner].da;
-        if (to == nullptr) return nullptr;
       }
-      return reinterpret_cast<float4*>(to + row * columns_of_part + column_begin + i);
+      return to == nullptr ? nullptr : to + row * columns_of_part + column_begin;
     };
-    constexpr int kTogether = 4;  // old values under way
-#pragma unroll 1
-    for (int first = thread; first < vectors; first += kTogether * kLoraThreads) {
-      float4* to[kTogether];
-      float4 old[kTogether];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        to[i] = target(first + i * kLoraThreads);
-        old[i] = whole && to[i] != nullptr ? *to[i] : float4{};
-      }
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        if (to[i] == nullptr) continue;
-        const float4 add = source(first + i * kLoraThreads);
-        *to[i] = {old[i].x + scale * add.x, old[i].y + scale * add.y, old[i].z + scale * add.z, old[i].w + scale * add.w};
-      }
-    }
+    write_gradient(sums, for_a ? S::kLdColumns : S::kLdRanks, for_a ? ranks : columns, for_a ? columns : ranks, whole,
+                   for_a || !whole ? 1.0f : site.part[part].scale, row_of);
   }
   if constexpr (kSum) cluster_wait();
 }
@@ -366,8 +380,7 @@ template <class T>
 __device__ void finish_sum(const WideArgs& a, int ld_share, int block, LoraSite& site) {
   const Tile tile = find_tile(a.call, kSumRows, block);
   if (tile.group >= 0) fetch_site(tile.sites + a.call.site, site);
-  wait_for_previous();
-  let_next_start();
+  start_after_previous();
   if (tile.group < 0) return;
   __syncthreads();
   int index = 0, s_column = 0;
@@ -404,8 +417,7 @@ __device__ inline void finish_grad(const WideArgs& a, int index, int block, Lora
     if (before.sites != nullptr) first += (before.rows + a.range - 1) / a.range;
   }
   first = warp_sum(first);
-  wait_for_previous();
-  let_next_start();
+  start_after_previous();
   if (!some) return;
   __syncthreads();
   const int ranges = (group.rows + a.range - 1) / a.range;
@@ -568,13 +580,13 @@ bool CudaOps::wide_sum(const LoraLinear& linear, const LoraGroups& groups, const
 }
 
 void CudaOps::wide_gradient(Gradient of, const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, TensorView l,
-                            TensorView p) {
+                            TensorView p, bool p_there) {
   const bool for_a = of == Gradient::a;
   const Ranks ranks = ranks_of(linear, groups);
   const int rank = for_a ? ranks.stacked : ranks.single, width = ranks_at_once(rank);
   int64_t blocks = 0;
   for (int i = 0; i < (for_a ? 1 : linear.parts); ++i) blocks += blocks_of(for_a ? linear.in : linear.out[i], 1);
-  WideArgs args = {tensor_maps_.get(p, kPanel, kRows), call, for_a, p.data, p.ld, l.data, l.ld, nullptr, 0, p.rows};
+  WideArgs args = {tensor_maps_.get(p, kPanel, kRows), call, for_a, p.data, p.ld, l.data, l.ld, nullptr, 0, p.rows, p_there};
   args.slot = slot_of(linear, groups, for_a);
   const int64_t room = int64_t{device_.processors()} * (width <= 64 ? Shape<64, false>::kBlocks : Shape<128, false>::kBlocks);
   const Ranges ranges = ranges_of(groups, blocks * ceil_div(rank, width), room, args.slot, kMostScratch);
