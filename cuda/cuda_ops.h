@@ -194,7 +194,7 @@ class CudaOps final : public Ops {
   void small_gradient(Gradient of, const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, bool fast,
                       TensorView l, TensorView p);
   void wide_gradient(Gradient of, const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, TensorView l,
-                     TensorView p);
+                     TensorView p, bool p_there);
   // ds and dB in one pass over dy; false: ranks or sums are too large for it, nothing was done.
   bool wide_sum(const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, TensorView s, TensorView dy,
                 TensorView ds);
@@ -212,10 +212,11 @@ class CudaOps final : public Ops {
   Buffer blas_workspace_;
   std::unordered_map<LinearKey, cublasLtMatmulAlgo_t, LinearKeyHash> linear_algorithms_;
   TensorMaps tensor_maps_;
-  Buffer decode_workspace_;  // linear_decode.h
-  Scratch sample_scratch_;   // logits of tokens that bias or penalties change
-  Scratch norm_scratch_;     // partial sums of gradient norms
-  Scratch lora_scratch_;     // partial sums of ds, dA and dB
+  int wide_clusters_[4] = {};  // lora_wide.cu: clusters that run at a time, for 16, 32, 48 and 64 ranks; 0: not asked yet
+  Buffer decode_workspace_;    // linear_decode.h
+  Scratch sample_scratch_;     // logits of tokens that bias or penalties change
+  Scratch norm_scratch_;       // partial sums of gradient norms
+  Scratch lora_scratch_;       // partial sums of ds, dA and dB
   Scratch attention_scratch_;
   std::unique_ptr<AttentionPlans> attention_plans_;
   std::unique_ptr<FusedLinear> fused_linear_;

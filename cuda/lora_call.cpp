@@ -93,6 +93,9 @@ bool fast_layout(const LoraLinear& linear, const LoraGroups& groups, std::initia
       if (part.rank == 0) continue;
       bits |= static_cast<uint64_t>(part.rank);
       pointers |= reinterpret_cast<uintptr_t>(part.a) | reinterpret_cast<uintptr_t>(part.b);
+      if (group.host_grads == nullptr) continue;
+      const LoraGradPart& grad = group.host_grads[linear.site].part[p];
+      pointers |= reinterpret_cast<uintptr_t>(grad.da) | reinterpret_cast<uintptr_t>(grad.db);
     }
   }
   return bits % 8 == 0 && pointers % 16 == 0;

@@ -248,13 +248,14 @@ void CudaOps::gradients(const char* op, const LoraLinear& linear, const LoraGrou
   device_.use();
   const bool fast = fast_layout(linear, groups, {x, s, dy, ds});  // views without data are zeros: no objection
   const bool wide = fast && !deterministic_ && many_rows(groups);
-  if (!(with_ds && trained && wide && wide_sum(linear, groups, call, s, dy, ds))) {
+  const bool summed = with_ds && trained && wide && wide_sum(linear, groups, call, s, dy, ds);
+  if (!summed) {
     if (with_ds) lora_backward_s(linear, groups, dy, ds);
-    if (trained && with_b && wide) wide_gradient(Gradient::b, linear, groups, call, s, dy);
+    if (trained && with_b && wide) wide_gradient(Gradient::b, linear, groups, call, s, dy, false);
     else if (trained && with_b) small_gradient(Gradient::b, linear, groups, call, fast, s, dy);
   }
   if (!with_a) return;
-  if (plain && wide) wide_gradient(Gradient::a, linear, groups, call, ds, x);
+  if (plain && wide) wide_gradient(Gradient::a, linear, groups, call, ds, x, summed);
   else if (plain) small_gradient(Gradient::a, linear, groups, call, fast, ds, x);
   if (dropout) small_gradient(Gradient::a_dropout, linear, groups, call, fast, ds, x);
 }

@@ -56,7 +56,7 @@ __device__ inline int load_acquire(const int* p) {
 // ---------------------------------------------------------------- bulk copies
 
 // Hints for the L2: weights that pass once, and rows that every block reads.
-constexpr uint64_t kStreamOnce = 0x12F0000000000000, kKeep = 0x14F0000000000000;
+constexpr uint64_t kStreamOnce = 0x12F0000000000000, kKeep = 0x14F0000000000000, kNoHint = 0x1000000000000000;
 
 __device__ inline void tma_load(uint32_t to, const CUtensorMap& map, uint64_t& barrier, int column, int row, uint64_t hint) {
   asm volatile(

@@ -74,9 +74,11 @@ __device__ inline uint64_t thin_operand(uint32_t start) {
 
 // Before the first product of a batch, and whenever registers of sums were touched otherwise.
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ inline void wait_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 __device__ inline void finish_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  commit_products();
+  wait_products();
 }
 // Keeps the compiler from moving work on sums past the place of this call.
 template <int kCount>
@@ -85,6 +87,7 @@ __device__ inline void pin(float (&sum)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 }
 
+#define LOQUETIER_SUMS4(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
 #define LOQUETIER_SUMS8(i)                                                                                                  \
   "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), "+f"(sum[i + 4]), "+f"(sum[i + 5]), "+f"(sum[i + 6]), \
       "+f"(sum[i + 7])
@@ -92,12 +95,24 @@ __device__ inline void pin(float (&sum)[kCount]) {
 #define LOQUETIER_WGMMA(shape, type, places, p_a, p_b, p_add, p_ta, p_tb)                                                         \
   "{\n.reg .pred p;\nsetp.ne.b32 p, %" p_add ", 0;\nwgmma.mma_async.sync.aligned.m64n" shape "k16.f32." type "." type " {" places \
   "}, %" p_a ", %" p_b ", p, 1, 1, %" p_ta ", %" p_tb ";\n}\n"
+#define LOQUETIER_P4 "%0,%1,%2,%3"
 #define LOQUETIER_P8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define LOQUETIER_P12 LOQUETIER_P8 ",%8,%9,%10,%11"
 #define LOQUETIER_P16 LOQUETIER_P8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define LOQUETIER_P24 LOQUETIER_P16 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define LOQUETIER_P32 LOQUETIER_P24 ",%24,%25,%26,%27,%28,%29,%30,%31"
 #define LOQUETIER_PRODUCT(type)                                                                     \
-  if constexpr (N == 16) {                                                                          \
+  if constexpr (N == 8) {                                                                           \
+    asm volatile(LOQUETIER_WGMMA("8", type, LOQUETIER_P4, "4", "5", "6", "7", "8")                  \
+                 : LOQUETIER_SUMS4(0)                                                               \
+                 : LOQUETIER_OPERANDS                                                               \
+                 : "memory");                                                                       \
+  } else if constexpr (N == 24) {                                                                   \
+    asm volatile(LOQUETIER_WGMMA("24", type, LOQUETIER_P12, "12", "13", "14", "15", "16")           \
+                 : LOQUETIER_SUMS8(0), LOQUETIER_SUMS4(8)                                           \
+                 : LOQUETIER_OPERANDS                                                               \
+                 : "memory");                                                                       \
+  } else if constexpr (N == 16) {                                                                   \
     asm volatile(LOQUETIER_WGMMA("16", type, LOQUETIER_P8, "8", "9", "10", "11", "12")              \
                  : LOQUETIER_SUMS8(0)                                                               \
                  : LOQUETIER_OPERANDS                                                               \
@@ -131,10 +146,13 @@ __device__ inline void multiply_async(float (&sum)[N / 2], uint64_t a, uint64_t 
   }
 }
 
+#undef LOQUETIER_SUMS4
 #undef LOQUETIER_SUMS8
 #undef LOQUETIER_OPERANDS
 #undef LOQUETIER_WGMMA
+#undef LOQUETIER_P4
 #undef LOQUETIER_P8
+#undef LOQUETIER_P12
 #undef LOQUETIER_P16
 #undef LOQUETIER_P24
 #undef LOQUETIER_P32
