@@ -2,8 +2,8 @@
 //
 // Shrink, s = x A^T. A task is up to 8 rows of one group by up to 16 ranks of its parts together, and takes `pieces` of k. The
 // blocks of the launch share out the pieces of all tasks as one line, so a task is summed by one or several neighbouring blocks.
-// Each lays down its sums (slot task + block: no two are equal), and raises a counter when all of its own lie there; then everyone
-// may add up the ones it needs, in the order of the blocks.
+// Each lays down its sums (slot task + block: no two are equal), every one in a word with the launch's mark; who needs them reads
+// until the mark is there, and adds up in the order of the blocks.
 //
 // Expand, y += scale s B^T. A tile's rows of an adapter's B are adjacent in memory; a stage holds the rows of several adapters, or
 // a share of one's when its rank is large. The splits of a tile share out the groups. The products go to registers of their own and
@@ -20,9 +20,9 @@
 namespace loquetier::cuda {
 
 constexpr int kTaskRows = 8, kTaskRanks = 16, kTaskSums = kTaskRows * kTaskRanks;
-static_assert(kTaskSums * sizeof(float) == kDecodeTask);
-constexpr int kHelpers = 4 * kWarp;                  // threads that list the adapters and add up s
-constexpr uint64_t kShrinkTurn = uint64_t{1} << 20;  // what all blocks of a launch together add to the counter
+static_assert(kTaskSums * sizeof(uint64_t) == kDecodeTask);
+constexpr int kHelpers = 4 * kWarp;              // threads that list the adapters and add up s
+constexpr uint64_t kLaunch = uint64_t{1} << 20;  // what all blocks of a launch together add to the counter
 
 // The groups of the batch that have rows and ranks here, in the order of their rows.
 struct Adapters {
@@ -36,6 +36,7 @@ struct Adapters {
   int first_task[kMaxDecodeRows];
   int8_t owner[kMaxDecodeRows];  // group of a row; -1: none
   int count, tasks;
+  uint32_t mark;    // of the launch
   uint64_t listed;  // arrival barrier
 };
 
@@ -46,9 +47,22 @@ struct AdapterArgs {
   int64_t ld_x;
   void* s;  // [T, >= ranks]
   int64_t ld_s;
-  float* sums;        // [tasks + blocks][kTaskRows][kTaskRanks]
-  uint64_t* counter;  // kShrinkTurn for every launch whose sums of s all lie there
+  uint64_t* sums;     // [tasks + blocks][kTaskRows][kTaskRanks], a sum and above it the mark of the launch it is from
+  uint64_t* counter;  // kLaunch for every launch before this one
 };
+
+// A number, the same in all blocks, that the next 2^32 - 2 launches do not have; never 0. Each block raises the counter once it has
+// read it.
+__device__ inline uint32_t launch_mark(const uint64_t* counter) {
+  return static_cast<uint32_t>(load_acquire(counter) / kLaunch % 0xffffffffu) + 1;
+}
+__device__ inline void end_of_mark(uint64_t* counter) {
+  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  atomicAdd(reinterpret_cast<unsigned long long*>(counter), kLaunch * (block + 1) / blocks - kLaunch * block / blocks);
+}
+__device__ inline void lay_down(uint64_t* to, float sum, uint32_t mark) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(uint64_t{mark} << 32 | __float_as_uint(sum)) : "memory");
+}
 
 // By one warp. Two trips to memory, each made for 64 groups at a time.
 __device__ inline void list_adapters(const LoraCall& call, Adapters& all) {
@@ -188,16 +202,15 @@ __device__ inline void shrink_add(uint32_t piece, int warp, float (&sum)[4]) {
 struct TilePart {
   int part, column, rows;  // the tile's first row of the part's B, and how many there are
 };
-template <int kTile>
-__device__ inline TilePart part_of(const LoraCall& call, int tile) {
+__device__ inline TilePart part_of(const LoraCall& call, int tile, int height) {
   int part = 0, begin = 0;
-  while (part + 1 < call.parts && tile * kTile >= begin + call.out[part]) begin += static_cast<int>(call.out[part++]);
-  const int column = tile * kTile - begin;
-  return {part, column, min(kTile, static_cast<int>(call.out[part]) - column)};
+  while (part + 1 < call.parts && tile * height >= begin + call.out[part]) begin += static_cast<int>(call.out[part++]);
+  const int column = tile * height - begin;
+  return {part, column, min(height, static_cast<int>(call.out[part]) - column)};
 }
 
-// s of one part for the rows of groups [from, to) into shared memory, `stride` bytes a row, once the counter says that all sums lie
-// there; and to a.s when this block is to write it. By the helpers.
+// s of one part for the rows of groups [from, to) into shared memory, `stride` bytes a row, as soon as the blocks that have shares
+// of it have laid them down; and to a.s when this block is to write it. By the helpers.
 template <class T>
 __device__ inline void add_up_s(const AdapterArgs& a, const Adapters& all, const ShrinkShares& shares, int part, int from, int to,
                                 int rows, bool write, uint32_t s, int stride) {
@@ -214,23 +227,34 @@ __device__ inline void add_up_s(const AdapterArgs& a, const Adapters& all, const
     for (int r = thread % 4 * 4; r < rank; r += kTaskRanks) {
       const int column = first_column + r, task = all.first_task[of] + in / kTaskRows * chunks + column / kTaskRanks;
       const int begin = shares.block_of(task * shares.pieces), end = shares.block_of(task * shares.pieces + shares.pieces - 1) + 1;
-      const float4* slot =
-          reinterpret_cast<const float4*>(a.sums + int64_t{task} * kTaskSums + in % kTaskRows * kTaskRanks + column % kTaskRanks);
-      float4 total = {0, 0, 0, 0};
+      const uint64_t* slot = a.sums + int64_t{task} * kTaskSums + in % kTaskRows * kTaskRanks + column % kTaskRanks;
+      float total[4] = {};
+      constexpr int kAtOnce = 4;
 #pragma unroll 1
-      for (int b = begin; b < end; b += 8) {
-        float4 v[8];
+      for (int b = begin; b < end; b += kAtOnce) {
+        ulonglong2 v[kAtOnce][2] = {};
+        for (bool missing = true; missing;) {
+          missing = false;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = b + i < end ? __ldcg(slot + (b + i) * (kTaskSums / 4)) : float4{0, 0, 0, 0};
+          for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          total.x += v[i].x;
-          total.y += v[i].y;
-          total.z += v[i].z;
-          total.w += v[i].w;
+            for (int half = 0; half < 2; ++half)
+              if (b + i < end) v[i][half] = load_relaxed16(slot + (b + i) * kTaskSums + 2 * half);
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+              if (b + i < end) missing |= v[i][half].x >> 32 != all.mark || v[i][half].y >> 32 != all.mark;
         }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {  // behind the end: zeros
+            total[2 * half] += __uint_as_float(static_cast<uint32_t>(v[i][half].x));
+            total[2 * half + 1] += __uint_as_float(static_cast<uint32_t>(v[i][half].y));
+          }
       }
-      const uint2 packed = {pack2<T>(total.x, total.y), pack2<T>(total.z, total.w)};
+      const uint2 packed = {pack2<T>(total[0], total[1]), pack2<T>(total[2], total[3])};
       store_shared8(s + static_cast<uint32_t>(row * stride + r * 2), packed);
       if (write) *reinterpret_cast<uint2*>(static_cast<T*>(a.s) + row * a.ld_s + column) = packed;
     }
@@ -253,38 +277,68 @@ struct ExpandStage {
   bool last;  // of the tile; it may have no unit
 };
 
-// The rows of B that a tile needs, in units that fit a stage.
-template <int kTile, int kStage>
-struct ExpandWalk {
-  const Adapters& all;
-  const TilePart& tile;
-  int of, to, chunk = 0;
-  bool real = false;
-  int rank = 0, row = 0, rows = 0;  // of the unit: its first row in the tile, and how many it has room for
-
-  __device__ ExpandWalk(const Adapters& adapters, const TilePart& part, int begin, int end)
-      : all(adapters), tile(part), of(begin), to(end) {
-    settle();
-  }
-  __device__ void next() {
-    ++chunk;
-    settle();
-  }
-  __device__ int bytes() const { return rows * rank * 2; }
-
- private:
-  __device__ void settle() {
-    for (; of < to; ++of, chunk = 0) {
-      rank = all.of[of].site.part[tile.part].rank;
-      if (rank == 0) continue;
-      rows = kTile;
-      while (rows * rank * 2 > kStage) rows /= 2;
-      row = chunk * rows;
-      if (row < tile.rows) break;
+// The rows of B that a tile needs of groups [from, to), in units that fit a stage, into the stages from `at` on. By one warp: a
+// lane finds its group, then its unit, and the units of a stage are asked for together.
+template <class Ring, class Cursor>
+__device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int height, int from, int to, Ring& ring, Cursor& at) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int base = from; base == from || base < to; base += kWarp) {
+    LoraPart matrix;
+    int row = 0, rows = 0;
+    if (base + lane < to) {
+      const Adapters::Group& group = all.of[base + lane];
+      matrix = group.site.part[tile.part];
+      row = group.row;
+      rows = group.rows;
     }
-    real = of < to;
+    const int room = matrix.rank > 0 ? min(height, ring.bytes / (2 * matrix.rank) / 16 * 16) : 0;  // rows of B of a unit
+    const int units = matrix.rank > 0 ? (tile.rows + room - 1) / room : 0, end = warp_prefix_sum(units),
+              total = __shfl_sync(kAll, end, kWarp - 1);
+    for (int first = 0; first == 0 || first < total; first += kWarp) {
+      int of = 0;  // the lane whose group has this lane's unit
+#pragma unroll
+      for (int step = kWarp / 2; step > 0; step /= 2)
+        if (__shfl_sync(kAll, end, of + step - 1) <= first + lane) of += step;
+      const int rank = __shfl_sync(kAll, matrix.rank, of), unit_rows = __shfl_sync(kAll, room, of),
+                begin = (first + lane - __shfl_sync(kAll, end - units, of)) * unit_rows;
+      const ExpandUnit unit = {__shfl_sync(kAll, matrix.scale, of),
+                               0,
+                               static_cast<int16_t>(rank),
+                               static_cast<int16_t>(begin),
+                               static_cast<int16_t>(unit_rows),
+                               static_cast<uint8_t>(__shfl_sync(kAll, row, of)),
+                               static_cast<uint8_t>(__shfl_sync(kAll, rows, of))};
+      const auto b = reinterpret_cast<const uint16_t*>(__shfl_sync(kAll, reinterpret_cast<uint64_t>(matrix.b), of)) +
+                     int64_t{tile.column + begin} * rank;
+      const int here = min(kWarp, total - first), bytes = lane < here ? unit_rows * rank * 2 : 0, sum = warp_prefix_sum(bytes);
+      int done = 0;
+      do {
+        const int before = done > 0 ? __shfl_sync(kAll, sum, done - 1) : 0;
+        const bool fits = lane >= done && lane < min(here, done + kMostUnits) && sum - before <= ring.bytes;
+        const int count = __popc(__ballot_sync(kAll, fits));
+        const int size = fits ? min(unit_rows, tile.rows - begin) * rank * 2 : 0, copied = warp_sum(size);
+        ring.wait_empty(at);
+        async_fence();  // a piece of A may have been there
+        ExpandStage& stage = ring.expand[at.place];
+        if (fits) {
+          ExpandUnit& to_unit = stage.units[lane - done];
+          to_unit = unit;
+          to_unit.place = static_cast<uint32_t>(sum - bytes - before);
+          bulk_load(ring.address(at) + to_unit.place, b, static_cast<uint32_t>(size), ring.full[at.place], kStreamOnce);
+        }
+        done += count;
+        if (lane == 0) {
+          stage.count = count;
+          stage.last = base + kWarp >= to && first + kWarp >= total && done >= here;
+        }
+        __syncwarp();
+        if (lane == 0) barrier_expect(ring.full[at.place], static_cast<uint32_t>(copied));
+        ring.next(at);
+      } while (done < here);
+    }
   }
-};
+}
 
 // The expand of a warp: products go to registers of their own, and from there to the sums of W's product whenever the block of 8
 // rows of the batch changes (the units are in the order of their rows). Those sums lie as the sums of m16n8k16 do: of block j,

@@ -105,11 +105,26 @@ __device__ inline void store_shared8(uint32_t address, uint2 v) {
 __device__ inline void store_shared16(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
+// Two words that other blocks have written, perhaps. Each is whole, nothing is said about their order.
+__device__ inline ulonglong2 load_relaxed16(const uint64_t* p) {
+  ulonglong2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p));
+  return v;
+}
+__device__ inline uint64_t load_relaxed(const uint64_t* p) {
+  uint64_t v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p));
+  return v;
+}
 // A counter that every block raises after its writes and the barrier behind them; another that has seen it raised may read those.
 __device__ inline uint64_t add_release(uint64_t* p, uint64_t add) {
   uint64_t old;
   asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(old) : "l"(p), "l"(add) : "memory");
   return old;
+}
+// The same without what it was.
+__device__ inline void raise_release(uint64_t* p, uint64_t add) {
+  asm volatile("red.add.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(add) : "memory");
 }
 __device__ inline uint64_t load_acquire(const uint64_t* p) {
   uint64_t v;

@@ -12,9 +12,9 @@ namespace loquetier {
 constexpr size_t kBlasWorkspace = size_t{32} << 20;  // what cuBLAS recommends for Hopper
 
 constexpr int kHopperProcessors = 132;  // of a device that is not there: H100 and H200 (SXM)
-// The product of few rows (cuda/linear_decode.cu): for every processor the sums of 256 columns by 64 rows and a ticket; sums of s,
-// 8 rows by 16 ranks, for every task and once more for every processor; a counter.
-constexpr size_t kDecodeSums = 256 * 64 * sizeof(float), kDecodeTask = 8 * 16 * sizeof(float);
+// The product of few rows (cuda/linear_decode.cu): for every processor the sums of 256 columns by 64 rows and a ticket; sums of s
+// with their marks, 8 rows by 16 ranks, for every task and once more for every processor; a counter.
+constexpr size_t kDecodeSums = 256 * 64 * sizeof(float), kDecodeTask = 8 * 16 * sizeof(uint64_t);
 constexpr size_t kMostDecodeTasks = size_t{64} * kMaxParts * 256 / 16;
 constexpr size_t decode_workspace(int processors) {
   return static_cast<size_t>(processors) * (kDecodeSums + kDecodeTask + sizeof(uint64_t)) + kMostDecodeTasks * kDecodeTask +
