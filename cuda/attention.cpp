@@ -9,6 +9,7 @@
 #include "core/check.h"
 #include "cuda_check.h"
 #include "cuda_ops.h"
+#include "ops/workspace.h"
 
 namespace loquetier::cuda {
 
@@ -21,6 +22,26 @@ void check_shape(const char* op, const AttentionShape& shape) {
           shape.head_size);
 }
 
+bool one_row_each(const PagedBatch& batch, int32_t sequences) {
+  return std::all_of(batch.host_rows, batch.host_rows + sequences, [](int32_t rows) { return rows <= 1; });
+}
+
+// Blocks of decodes' attention beside packed rows: so many that it ends a little before the other. A block that is alone on its
+// processor reads 0.028 MB/us, a processor does 3 MFLOP/us of packed attention (both beside each other on an H200; 48 and 132
+// blocks instead of these 80 cost the same there, 16 and 24 too much).
+int blocks_beside(const PackedBatch& packed, const PagedBatch& paged, const AttentionShape& shape, int processors) {
+  double products = 0, keys = 0;
+  for (int i = 0; i < packed.sequences; ++i) {
+    const double rows = packed.host_q_rows[i];
+    products += rows * (packed.host_kv_rows[i] - rows / 2);
+  }
+  for (int i = 0; i < paged.sequences; ++i) keys += paged.host_kv_len[i];
+  const double us = products * shape.q_heads * shape.head_size * 4 / (3e6 * processors);
+  const double megabytes = keys * shape.kv_heads * shape.head_size * 4 / 1e6;
+  const double blocks = megabytes / (0.028 * 0.7 * std::max(us, 1.0));
+  return static_cast<int>(std::clamp(blocks, 8.0, static_cast<double>(kDecodeAttentionBlocks * processors)));
+}
+
 }  // namespace
 
 void CudaOps::warm_up(const AttentionShape& shape, const KvShape& kv_shape) {
@@ -28,8 +49,8 @@ void CudaOps::warm_up(const AttentionShape& shape, const KvShape& kv_shape) {
   attention_plans_->warm_up(attention_scratch_, shape, kv_shape);
 }
 
-void CudaOps::attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,
-                              const AttentionShape& shape, TensorView out) {
+void CudaOps::check_paged(TensorView q, const KvShape& kv_shape, const PagedBatch& batch, const AttentionShape& shape,
+                          TensorView out) const {
   check_shape("attention_paged", shape);
   const int64_t cols = int64_t{shape.q_heads} * shape.head_size;
   expect("attention_paged", "q", q, dtype_, -1, cols);
@@ -46,19 +67,23 @@ void CudaOps::attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape,
         ") and rows <= keys <= ", int64_t{batch.max_pages} * kv_shape.page_size, ", got rows ", begin, " + ", rows, " and ", keys,
         " keys");
   }
+}
+
+void CudaOps::attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,
+                              const AttentionShape& shape, TensorView out) {
+  check_paged(q, kv_shape, batch, shape, out);
   if (batch.sequences == 0 || q.rows == 0) return;
   device_.use();
   if (deterministic_ || !attention_plans_->takes_paged(q, kv, kv_shape, shape, out)) {
     plain_attention_paged(stream(), dtype_, q, kv, kv_shape, batch, shape, out);
     return;
   }
-  const auto one_row = [](int32_t rows) { return rows <= 1; };
   int32_t chunks = batch.sequences - batch.decodes;
-  if (std::all_of(batch.host_rows, batch.host_rows + chunks, one_row)) chunks = 0;  // ends of prompts are as decodes
+  if (one_row_each(batch, chunks)) chunks = 0;  // ends of prompts are as decodes
   const int32_t decodes = batch.sequences - chunks;
   if (chunks > 0) attention_plans_->paged(stream(), attention_scratch_, q, kv, kv_shape, batch, 0, chunks, shape, out);
   if (decodes > 0 && !decode_attention(attention_decode_workspace_.data(), q, kv, kv_shape, batch, chunks, decodes, shape, out,
-                                       device_.processors(), stream()))
+                                       device_.processors(), kDecodeAttentionBlocks * device_.processors(), stream()))
     attention_plans_->paged(stream(), attention_scratch_, q, kv, kv_shape, batch, chunks, decodes, shape, out);
 }
 
@@ -68,8 +93,34 @@ void CudaOps::attention_paged_by_cudnn(TensorView q, KvLayer kv, const KvShape& 
   attention_plans_->paged(stream(), attention_scratch_, q, kv, kv_shape, batch, 0, batch.sequences, shape, out);
 }
 
+// Attention of decodes waits for memory, that of packed rows computes: each has some of the processors, and whichever ends first
+// leaves its own to the other.
+void CudaOps::attention_mixed(TensorView q, TensorView k, TensorView v, int64_t packed_rows, const PackedBatch& packed, KvLayer kv,
+                              const KvShape& kv_shape, const PagedBatch& paged, const AttentionShape& shape, TensorView out,
+                              TensorView lse) {
+  check_paged(q, kv_shape, paged, shape, out);
+  const bool ours = !deterministic_ && paged.sequences > 0 && one_row_each(paged, paged.sequences) &&
+                    attention_plans_->takes_paged(q, kv, kv_shape, shape, out);
+  device_.use();
+  check(cudaEventRecord(branch_.fork, stream()), "cudaEventRecord");
+  if (!ours || !decode_attention(attention_decode_workspace_.data(), q, kv, kv_shape, paged, 0, paged.sequences, shape, out,
+                                 device_.processors(), blocks_beside(packed, paged, shape, device_.processors()), stream())) {
+    Ops::attention_mixed(q, k, v, packed_rows, packed, kv, kv_shape, paged, shape, out, lse);
+    return;
+  }
+  check(cudaStreamWaitEvent(branch_.stream, branch_.fork), "cudaStreamWaitEvent");
+  packed_on(branch_.stream, q.slice_rows(0, packed_rows), k, v, packed, shape, out.slice_rows(0, packed_rows), lse);
+  check(cudaEventRecord(branch_.join, branch_.stream), "cudaEventRecord");
+  check(cudaStreamWaitEvent(stream(), branch_.join), "cudaStreamWaitEvent");
+}
+
 void CudaOps::attention_packed(TensorView q, TensorView k, TensorView v, const PackedBatch& batch, const AttentionShape& shape,
                                TensorView out, TensorView lse) {
+  packed_on(stream(), q, k, v, batch, shape, out, lse);
+}
+
+void CudaOps::packed_on(cudaStream_t on, TensorView q, TensorView k, TensorView v, const PackedBatch& batch,
+                        const AttentionShape& shape, TensorView out, TensorView lse) {
   check_shape("attention_packed", shape);
   const int64_t cols = int64_t{shape.q_heads} * shape.head_size, kv_cols = int64_t{shape.kv_heads} * shape.head_size;
   expect("attention_packed", "q", q, dtype_, -1, cols);
@@ -88,9 +139,9 @@ void CudaOps::attention_packed(TensorView q, TensorView k, TensorView v, const P
   if (batch.sequences == 0 || q.rows == 0) return;
   device_.use();
   if (deterministic_ || batch.max_rows == 1 || !attention_plans_->takes_packed(q, k, v, shape, out)) {
-    plain_attention_packed(stream(), dtype_, q, k, v, batch, shape, out, lse);
+    plain_attention_packed(on, dtype_, q, k, v, batch, shape, out, lse);
   } else {
-    attention_plans_->packed(stream(), attention_scratch_, q, k, v, batch, shape, out, lse);
+    attention_plans_->packed(on, attention_scratch_, q, k, v, batch, shape, out, lse);
   }
 }
 

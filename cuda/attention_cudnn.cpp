@@ -136,10 +136,9 @@ class CudnnPlans final : public AttentionPlans {
       : dtype_(dtype == DType::bf16 ? fe::DataType_t::BFLOAT16 : fe::DataType_t::HALF), deterministic_(deterministic) {
     load_cudnn();
     require<DeviceError>(fe::detail::create_handle(&handle_) == CUDNN_STATUS_SUCCESS, "[cuda] cuDNN does not start");
-    const auto set_stream =
-        reinterpret_cast<cudnnStatus_t (*)(cudnnHandle_t, cudaStream_t)>(dlsym(fe::cudnn_dlhandle, "cudnnSetStream"));
-    require<DeviceError>(set_stream != nullptr && set_stream(handle_, device.stream()) == CUDNN_STATUS_SUCCESS,
-                         "[cuda] cudnnSetStream failed");
+    set_stream_ = reinterpret_cast<decltype(set_stream_)>(dlsym(fe::cudnn_dlhandle, "cudnnSetStream"));
+    require<DeviceError>(set_stream_ != nullptr, "[cuda] cuDNN has no cudnnSetStream");
+    use_stream(device.stream());
   }
   ~CudnnPlans() override {
     plans_.clear();
@@ -219,7 +218,7 @@ class CudnnPlans final : public AttentionPlans {
     pack[kSeqKv] = tables.kv_len;
     pack[kTable] = pack[kTableV] = tables.plan_table;
     fill_ragged_tables(stream, tables);
-    execute(plan, pack, scratch.get(0));
+    execute(stream, plan, pack, scratch.get(0));
   }
 
   void packed(cudaStream_t stream, Scratch& scratch, TensorView q, TensorView k, TensorView v, const PackedBatch& batch,
@@ -242,7 +241,7 @@ class CudnnPlans final : public AttentionPlans {
     pack[kSeqQ] = tables.q_len;
     pack[kSeqKv] = tables.kv_len;
     fill_ragged_tables(stream, tables);
-    execute(plan, pack, scratch.get(0));
+    execute(stream, plan, pack, scratch.get(0));
   }
 
   void backward(cudaStream_t stream, Scratch& scratch, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
@@ -269,7 +268,7 @@ class CudnnPlans final : public AttentionPlans {
     pack[kSeqQ] = tables.q_len;
     pack[kSeqKv] = tables.kv_len;
     fill_ragged_tables(stream, tables);
-    execute(plan, pack, scratch.get(0));
+    execute(stream, plan, pack, scratch.get(0));
   }
 
  private:
@@ -392,7 +391,14 @@ class CudnnPlans final : public AttentionPlans {
     return *plans_.emplace(key, std::move(plan)).first->second;
   }
 
-  void execute(AttentionPlan& plan, std::unordered_map<int64_t, void*>& pack, void* workspace) {
+  void use_stream(cudaStream_t stream) {
+    if (stream_ == stream) return;
+    require<DeviceError>(set_stream_(handle_, stream) == CUDNN_STATUS_SUCCESS, "[cuda] cudnnSetStream failed");
+    stream_ = stream;
+  }
+
+  void execute(cudaStream_t stream, AttentionPlan& plan, std::unordered_map<int64_t, void*>& pack, void* workspace) {
+    use_stream(stream);
     check(plan.graph.execute(handle_, pack, workspace), "execution");
   }
 
@@ -486,6 +492,8 @@ class CudnnPlans final : public AttentionPlans {
   bool deterministic_;
   OpsLimits limits_;
   cudnnHandle_t handle_ = nullptr;
+  cudnnStatus_t (*set_stream_)(cudnnHandle_t, cudaStream_t) = nullptr;
+  cudaStream_t stream_ = nullptr;  // the handle's
   std::map<PlanKey, std::unique_ptr<AttentionPlan>> plans_;
 };
 

@@ -428,9 +428,8 @@ __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_atten
 }
 
 template <class T, int kD>
-void launch_decode_attention(const DecodeAttentionArgs& args, int processors, cudaStream_t stream,
+void launch_decode_attention(const DecodeAttentionArgs& args, int blocks, cudaStream_t stream,
                              std::source_location where = std::source_location::current()) {
-  const int blocks = kDecodeAttentionBlocks * processors;
   const Launch launch{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Tiling<kD>::shared, stream, 1, where, true};
   if (args.group <= kHeads) launch(decode_attention_kernel<T, kD, 1>, args);
   else launch(decode_attention_kernel<T, kD, 2>, args);
@@ -441,7 +440,7 @@ void launch_decode_attention(const DecodeAttentionArgs& args, int processors, cu
 size_t decode_attention_workspace_bytes(int processors) { return static_cast<size_t>(processors) * kDecodeAttentionWorkspace; }
 
 bool decode_attention(void* workspace, TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, int32_t first,
-                      int32_t count, const AttentionShape& shape, TensorView out, int processors, cudaStream_t stream) {
+                      int32_t count, const AttentionShape& shape, TensorView out, int processors, int blocks, cudaStream_t stream) {
   const int group = shape.q_heads / shape.kv_heads, d = shape.head_size;
   if ((d != 64 && d != 128) || group > kMostHeads || !std::has_single_bit(static_cast<unsigned>(kv_shape.page_size)) ||
       !rows_of_vectors(q) || !rows_of_vectors(out) || !aligned16(kv.k) || !aligned16(kv.v))
@@ -468,8 +467,8 @@ bool decode_attention(void* workspace, TensorView q, KvLayer kv, const KvShape& 
   args.marks = reinterpret_cast<float2*>(args.sums + parts * kMostDecodeHeadSize);
   args.tickets = reinterpret_cast<unsigned*>(args.marks + parts);
   dispatch_half(q.dtype, [&]<class T>() {
-    if (d == 128) launch_decode_attention<T, 128>(args, processors, stream);
-    else launch_decode_attention<T, 64>(args, processors, stream);
+    if (d == 128) launch_decode_attention<T, 128>(args, blocks, stream);
+    else launch_decode_attention<T, 64>(args, blocks, stream);
   });
   return true;
 }

@@ -159,6 +159,9 @@ class CudaOps final : public Ops {
                                 const AttentionShape& shape, TensorView out);
   void attention_packed(TensorView q, TensorView k, TensorView v, const PackedBatch& batch, const AttentionShape& shape,
                         TensorView out, TensorView lse) override;
+  void attention_mixed(TensorView q, TensorView k, TensorView v, int64_t packed_rows, const PackedBatch& packed, KvLayer kv,
+                       const KvShape& kv_shape, const PagedBatch& paged, const AttentionShape& shape, TensorView out,
+                       TensorView lse) override;
   void attention_backward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dout,
                           const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk,
                           TensorView dv) override;
@@ -178,6 +181,10 @@ class CudaOps final : public Ops {
   // y: the forward's output too, or without data.
   void rms_norm_backward_onto(const char* op, TensorView x, TensorView w, float eps, TensorView dy, TensorView dx, TensorView y);
   void swiglu_backward_onto(const char* op, TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y);
+  void packed_on(cudaStream_t stream, TensorView q, TensorView k, TensorView v, const PackedBatch& batch,
+                 const AttentionShape& shape, TensorView out, TensorView lse);
+  void check_paged(TensorView q, const KvShape& kv_shape, const PagedBatch& batch, const AttentionShape& shape,
+                   TensorView out) const;
   void shrink_on(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s);
   // Shrink and expand in one launch when every group is small (lora_decode.cu); false: not such a batch, nothing was done.
   bool lora_small(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView y);
@@ -220,7 +227,7 @@ class CudaOps final : public Ops {
   Scratch attention_scratch_;
   std::unique_ptr<AttentionPlans> attention_plans_;
   std::unique_ptr<FusedLinear> fused_linear_;
-  // A branch beside the main stream: shrink runs on it while the base product runs.
+  // A branch beside the main stream: shrink runs on it while the base product runs, attention of training while that of decodes.
   struct Branch {
     cudaStream_t stream = nullptr;
     cudaEvent_t fork = nullptr, join = nullptr;

@@ -56,10 +56,10 @@ bool lay_out(bool backward, const LoraLinear& linear, const LoraGroups& groups, 
     for (int p = 0; p < table.parts; ++p) {
       pack.rank[n][p] = backward ? rank_of(*site, linear) : site->part[p].rank;
       pack.scale[n][p] = backward ? 1.0f : site->part[p].scale;
-      const int64_t steps = ceil_of(pack.rank[n][p], kFusedDepth);
-      if (steps > 255) return false;
-      table.steps[n][p] = static_cast<uint8_t>(steps);
-      most = std::max(most, static_cast<int32_t>(steps));
+      const int64_t quarters = ceil_of(pack.rank[n][p], kFusedQuarter);
+      if (quarters > 255) return false;
+      table.quarters[n][p] = static_cast<uint8_t>(quarters);
+      most = std::max(most, static_cast<int32_t>(ceil_of(quarters, kFusedQuarters)));
     }
   }
   table.width = most * kFusedDepth;
@@ -82,13 +82,14 @@ bool lay_out(bool backward, const LoraLinear& linear, const LoraGroups& groups, 
     for (int32_t i = 0; i < std::max(count[0], count[1]); ++i) {
       if (table.slots == kFusedSlots) return false;
       table.slot_strip[table.slots] = static_cast<uint8_t>(strip);
-      int32_t steps[kMaxParts] = {};
+      int32_t quarters[kMaxParts] = {};
       for (int tile = 0; tile < kFusedPair; ++tile) {
         const int32_t group = i < count[tile] ? begin[tile] + i : -1;
         table.slot_group[table.slots][tile] = static_cast<int8_t>(group);
-        for (int p = 0; p < table.parts && group >= 0; ++p) steps[p] = std::max<int32_t>(steps[p], table.steps[group][p]);
+        for (int p = 0; p < table.parts && group >= 0; ++p) quarters[p] = std::max<int32_t>(quarters[p], table.quarters[group][p]);
       }
-      for (int p = 0; p < table.parts; ++p) extra += int64_t{steps[p]} * (args.part_tile[p + 1] - args.part_tile[p]);
+      for (int p = 0; p < table.parts; ++p)
+        extra += ceil_of(quarters[p], kFusedQuarters) * (args.part_tile[p + 1] - args.part_tile[p]);
       ++table.slots;
     }
   }
@@ -174,7 +175,7 @@ void FusedLinear::encode_maps(bool backward, const LoraLinear& linear, const Lor
     const LoraSite* site = site_of(groups.host_groups[g], linear);
     if (site == nullptr || rank_of(*site, linear) == 0) continue;
     for (int p = 0; p < table.parts; ++p) {
-      if (table.steps[n][p] == 0) continue;
+      if (table.quarters[n][p] == 0) continue;
       CUtensorMap& to = args.q[n * table.parts + p];
       if (backward) {
         const void* a = nullptr;  // the parts' A are one matrix
@@ -188,7 +189,7 @@ void FusedLinear::encode_maps(bool backward, const LoraLinear& linear, const Lor
     ++n;
   }
   for (int32_t i = 0; i < table.groups * table.parts; ++i)
-    if (table.steps[i / table.parts][i % table.parts] == 0) args.q[i] = *some;
+    if (table.quarters[i / table.parts][i % table.parts] == 0) args.q[i] = *some;
 }
 
 }  // namespace loquetier::cuda

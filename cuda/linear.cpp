@@ -124,6 +124,7 @@ CudaOps::CudaOps(int device, DType compute_dtype, bool deterministic)
 
 CudaOps::~CudaOps() {
   cudaStreamSynchronize(stream());
+  attention_plans_.reset();  // they may have run on the branch
   cudaEventDestroy(branch_.fork);
   cudaEventDestroy(branch_.join);
   cudaStreamDestroy(branch_.stream);

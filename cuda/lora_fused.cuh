@@ -162,13 +162,13 @@ __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, 
     const int part_column = column - a.part_tile[part] * kFusedColumns, tile = work.wide ? 0 : rank;
 #pragma unroll 1
     for (int slot = a.table.slot_begin[work.strip]; slot < a.table.slot_begin[work.strip + 1]; ++slot) {
-      const int group = a.table.slot_group[slot][tile], steps = fused_slot_steps(a.table, slot, work);
+      const int group = a.table.slot_group[slot][tile], quarters = fused_slot_quarters(a.table, slot, work);
       // Every entry of q is a map; of a part that the group leaves alone, or of no group, it is read where there is nothing.
       const CUtensorMap& q = a.q[max(group, 0) * a.table.parts + part];
-      const bool none = group < 0 || a.table.steps[group][part] == 0;
+      const bool none = group < 0 || a.table.quarters[group][part] == 0;
       const int e_row = (slot * kFusedPair + tile) * kFusedRows;
 #pragma unroll 1
-      for (int step = 0; step < steps; ++step) {
+      for (int step = 0; step * kFusedQuarters < quarters; ++step) {
         acquire();
         uint64_t* full = &shared.full[place.stage];
         T* to = shared.a[place.stage] + a_place;
@@ -291,12 +291,13 @@ __device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, 
   const auto release = [&](int stage) {
     if (lane < kFusedPair) Barrier::arrive(&shared.empty[stage], static_cast<uint32_t>(lane), 1);
   };
-  const auto multiply = [&] {
+  const auto multiply = [&](int quarters) {
     Barrier::wait(&shared.full[place.stage], place.phase);
     cute::warpgroup_fence_operand(sums);
     cute::warpgroup_arrive();
 #pragma unroll
-    for (int k = 0; k < kFusedDepth / 16; ++k) {
+    for (int k = 0; k < kFusedQuarters; ++k) {
+      if (k >= quarters) continue;
       cute::gemm(mma, operand_a(cute::_, cute::_, k, place.stage), operand_b(cute::_, cute::_, k, place.stage), sums);
       mma.accumulate_ = cute::GMMA::ScaleOut::One;
     }
@@ -305,17 +306,18 @@ __device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, 
 
   int turn = 0;
   for_each_piece(a, rank, cluster, clusters, [&](const FusedPiece& piece, const FusedWork& work) {
-    int steps = piece.end - piece.begin;
-    if (piece.end == a.steps) {
-      for (int slot = a.table.slot_begin[work.strip]; slot < a.table.slot_begin[work.strip + 1]; ++slot)
-        steps += fused_slot_steps(a.table, slot, work);
-    }
+    const int steps = piece.end - piece.begin;
+    const int first_slot = a.table.slot_begin[work.strip];
+    const int last_slot = piece.end == a.steps ? a.table.slot_begin[work.strip + 1] : first_slot;
     if (work.half) {
       const bool mine = turn == consumer;
       turn ^= 1;
       if (!mine) {
+        int all = steps;
+        for (int slot = first_slot; slot < last_slot; ++slot)
+          all += (fused_slot_quarters(a.table, slot, work) + kFusedQuarters - 1) / kFusedQuarters;
 #pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
+        for (int step = 0; step < all; ++step) {
           Barrier::wait(&shared.full[place.stage], place.phase);
           release(place.stage);
           place.advance();
@@ -324,17 +326,23 @@ __device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, 
       }
     }
     mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
-    multiply();
+    multiply(kFusedQuarters);
     int last = place.stage;
     place.advance();
-#pragma unroll 1
-    for (int step = 1; step < steps; ++step) {
-      multiply();
+    const auto multiply_next = [&](int quarters) {
+      multiply(quarters);
       cute::warpgroup_wait<1>();  // the product before this one is done
       cute::warpgroup_fence_operand(sums);
       release(last);
       last = place.stage;
       place.advance();
+    };
+#pragma unroll 1
+    for (int step = 1; step < steps; ++step) multiply_next(kFusedQuarters);
+#pragma unroll 1
+    for (int slot = first_slot; slot < last_slot; ++slot) {
+#pragma unroll 1
+      for (int left = fused_slot_quarters(a.table, slot, work); left > 0; left -= kFusedQuarters) multiply_next(left);
     }
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(sums);

@@ -1,9 +1,9 @@
 // Base product and LoRA as one product with a longer sum, for large groups:
 //   forward    y  = [x | E] [w | B]^T      E: scale * s of each part, B [out, R] of the rows' group and the columns' part
 //   backward   dx = [dy | E] [w ; A]       E: ds, A [sum R, in] of the rows' group
-// A tile of 128 rows runs its steps over w, then ceil(R / 64) more for every group that stands in it. E holds, for every pair of
-// (tile, group), a block of 128 rows: zero in rows of other groups and past the rank, so a tile that straddles groups adds each
-// row's own and nothing else. Rows without an adapter cost no step.
+// A tile of 128 rows runs its steps over w, then ceil(R / 64) more for every group that stands in it, the last of them only as many
+// quarters as the rank needs. E holds, for every pair of (tile, group), a block of 128 rows: zero in rows of other groups and past
+// the rank, so a tile that straddles groups adds each row's own and nothing else. Rows without an adapter cost no step.
 //
 // A cluster of two blocks computes a pair of tiles one below the other and loads w once for both. The rows that are left over
 // behind the last whole pair are one or two strips of their own: of 128 rows, and of at most 64. There both blocks take the same
@@ -31,8 +31,10 @@ namespace loquetier::cuda {
 constexpr int kFusedRows = 128;     // of a tile
 constexpr int kFusedColumns = 256;  // of a tile
 constexpr int kFusedDepth = 64;     // of a step: 128 bytes, the width of the swizzle
-constexpr int kFusedPair = 2;       // tiles of a cluster
-constexpr int kFusedBox = 64;       // rows of x, y and E that move at a time: a warpgroup's
+constexpr int kFusedQuarter = 16;   // of the sum that an instruction takes
+constexpr int kFusedQuarters = kFusedDepth / kFusedQuarter;
+constexpr int kFusedPair = 2;  // tiles of a cluster
+constexpr int kFusedBox = 64;  // rows of x, y and E that move at a time: a warpgroup's
 
 // What a launch can describe. Everything travels as its parameters (of which there may be 32,764 bytes), so that a captured graph
 // keeps it; their copy is part of every launch.
@@ -56,7 +58,7 @@ struct FusedTable {
   uint16_t slot_begin[kFusedStrips + 1] = {};       // [strips + 1]
   uint8_t slot_strip[kFusedSlots] = {};             // [slots]
   int8_t slot_group[kFusedSlots][kFusedPair] = {};  // [slots]: of either tile, -1: none; of a left-over strip [0]
-  uint8_t steps[kFusedGroups][kMaxParts] = {};      // ceil(R / kFusedDepth)
+  uint8_t quarters[kFusedGroups][kMaxParts] = {};   // ceil(R / kFusedQuarter)
 
   // First row of a strip's upper tile; a left-over strip has no other.
   __host__ __device__ int row(int strip) const {
@@ -142,15 +144,15 @@ __host__ __device__ inline FusedWork fused_work(const FusedArgs& a, int item, in
   }
   return work;
 }
-// Steps of a slot: of the largest rank in either block; the others' operands are zero from their own rank on.
-__host__ __device__ inline int fused_slot_steps(const FusedTable& t, int slot, const FusedWork& work) {
-  int steps = 0;
+// Quarters of a slot's steps: of the largest rank in either block; the others' operands are zero from their own rank on.
+__host__ __device__ inline int fused_slot_quarters(const FusedTable& t, int slot, const FusedWork& work) {
+  int quarters = 0;
   for (int block = 0; block < kFusedPair; ++block) {
     const int group = t.slot_group[slot][work.wide ? 0 : block];
-    const int own = group < 0 ? 0 : t.steps[group][work.part[block]];
-    steps = own > steps ? own : steps;
+    const int own = group < 0 ? 0 : t.quarters[group][work.part[block]];
+    quarters = own > quarters ? own : quarters;
   }
-  return steps;
+  return quarters;
 }
 
 struct FusedPackArgs {

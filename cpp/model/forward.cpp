@@ -39,13 +39,20 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
            kv_shape);
 
   const TensorView q = keep.qkv.slice_cols(0, q_cols);
+  const bool paged = batch.paged && batch.paged->sequences > 0;
   if (batch.packed_rows > 0) {
     const auto packed = [&](TensorView t) { return t.slice_rows(0, batch.packed_rows); };
     const TensorView rows = batch.packed_kv.empty() ? packed(keep.qkv) : batch.packed_kv;
-    ops.attention_packed(packed(q), rows.slice_cols(q_cols, k_cols), rows.slice_cols(q_cols + k_cols, k_cols), *batch.packed, shape,
-                         packed(keep.attn), keep.lse.empty() ? TensorView{} : packed(keep.lse));
+    const TensorView k = rows.slice_cols(q_cols, k_cols), v = rows.slice_cols(q_cols + k_cols, k_cols),
+                     lse = keep.lse.empty() ? TensorView{} : packed(keep.lse);
+    if (paged) {
+      ops.attention_mixed(q, k, v, batch.packed_rows, *batch.packed, kv, kv_shape, *batch.paged, shape, keep.attn, lse);
+    } else {
+      ops.attention_packed(packed(q), k, v, *batch.packed, shape, packed(keep.attn), lse);
+    }
+  } else if (paged) {
+    ops.attention_paged(q, kv, kv_shape, *batch.paged, shape, keep.attn);
   }
-  if (batch.paged && batch.paged->sequences > 0) ops.attention_paged(q, kv, kv_shape, *batch.paged, shape, keep.attn);
 
   adapted_linear(ops, weights.o, lora(Site::o), groups, keep.attn, keep.s[1], delta);
   ops.add_rms_norm(keep.x, delta, weights.post_norm, config.rms_norm_eps, keep.mid, norm);

@@ -337,6 +337,13 @@ class Ops {
   // The same over packed sequences; lse [T, Q] f32 = log of the sum of exp of the scaled scores (natural log), or empty.
   virtual void attention_packed(TensorView q, TensorView k, TensorView v, const PackedBatch& batch, const AttentionShape& shape,
                                 TensorView out, TensorView lse) = 0;
+  // attention_packed on the first `packed_rows` rows of q and out, attention_paged on others: a device may run them side by side.
+  virtual void attention_mixed(TensorView q, TensorView k, TensorView v, int64_t packed_rows, const PackedBatch& packed, KvLayer kv,
+                               const KvShape& kv_shape, const PagedBatch& paged, const AttentionShape& shape, TensorView out,
+                               TensorView lse) {
+    attention_packed(q.slice_rows(0, packed_rows), k, v, packed, shape, out.slice_rows(0, packed_rows), lse);
+    attention_paged(q, kv, kv_shape, paged, shape, out);
+  }
   // Gradients of attention_packed over whole sequences (q_rows = kv_rows). dq [T, Q D], dk, dv [T, K D] C, overwritten.
   virtual void attention_backward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dout,
                                   const PackedBatch& batch, const AttentionShape& shape, TensorView dq, TensorView dk,

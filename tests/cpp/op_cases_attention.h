@@ -87,13 +87,14 @@ class PackedRig {
 
 // The same sequences with keys and values scattered over shuffled pages; slots that hold no key are NaN. Prompt chunks first,
 // decodes last, as is what has no rows (a recorded step's padding). The first `shared` keys, whole pages, are those of the first
-// sequence, in its pages.
+// sequence, in its pages. `first_row` rows of q stand in front, of others.
 class PagedRig {
  public:
-  PagedRig(Rig& rig, const AttentionSpec& spec, int32_t page_size, int32_t shared = 0) : shape(shape_of(spec)) {
+  PagedRig(Rig& rig, const AttentionSpec& spec, int32_t page_size, int32_t shared = 0, int64_t first_row = 0)
+      : shape(shape_of(spec)) {
     auto lengths = spec.lengths;
     std::stable_partition(lengths.begin(), lengths.end(), [](const auto& length) { return length.first > 1; });
-    int64_t q_rows = 0, kv_rows = 0;
+    int64_t q_rows = first_row, kv_rows = 0;
     int32_t pages = 0;
     for (const auto& [queries, keys] : lengths) {
       sequences.push_back({q_rows, queries, kv_rows, keys});

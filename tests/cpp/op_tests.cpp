@@ -416,6 +416,33 @@ TEST(attention_paged_of_decodes) {
   });
 }
 
+// Packed rows and rows over pages in one batch, as one op; in between the pages alone, which shares workspaces with it.
+TEST(attention_mixed) {
+  for_each_rig([](Rig& rig) {
+    for (AttentionSpec spec : {decode_specs()[0], decode_specs()[2], attention_specs(false)[2]}) {
+      const AttentionSpec whole = {spec.q_heads, spec.kv_heads, spec.head_size, {{200, 200}, {1, 1}, {130, 130}}};
+      PackedRig packed(rig, whole, true);
+      PagedRig paged(rig, spec, 16, 0, packed.q_rows);
+      const AttentionShape& shape = paged.shape;
+      Host k = rig.random(packed.kv_rows, shape.kv_heads * shape.head_size), v = rig.random(packed.kv_rows, k.cols);
+      OnDevice dq(rig, paged.q), dk(rig, k), dv(rig, v), out(rig, paged.q.rows, paged.q.cols),
+          apart(rig, out.view().rows, dq.view().cols), lse(rig, packed.q_rows, shape.q_heads, DType::f32);
+      run_twice({&out, &lse}, [&] {
+        rig.ops().attention_mixed(dq, dk, dv, packed.q_rows, packed.batch, paged.layer, paged.kv_shape, paged.batch, shape, out,
+                                  lse);
+        rig.ops().attention_paged(dq, paged.layer, paged.kv_shape, paged.batch, shape, apart);
+      });
+      Host want(paged.q.rows, paged.q.cols), want_lse(paged.q.rows, shape.q_heads), want_packed_lse(packed.q_rows, shape.q_heads);
+      reference::attention(paged.q, k, v, packed.sequences, shape, want, want_lse);
+      for (int64_t i = 0; i < packed.q_rows; ++i)
+        for (int64_t h = 0; h < shape.q_heads; ++h) want_packed_lse(i, h) = want_lse(i, h);
+      reference::attention(paged.q, paged.k, paged.v, paged.sequences, shape, want, want_lse);
+      expect("attention_mixed", out.get(), want, rig.bound(1.5e-6));
+      expect("attention_mixed lse", lse.get(), want_packed_lse, rig.bound(1.5e-6));
+    }
+  });
+}
+
 TEST(attention_paged_over_shared_pages) {
   for_each_rig([](Rig& rig) {
     const AttentionSpec spec = {8, 2, 128, {{1, 260}, {1, 203}, {1, 193}, {1, 900}}};
