@@ -5,9 +5,10 @@
 // training when one has. A device that works asynchronously is at most kAhead pieces behind the host, so what is launched already
 // and cannot be taken back is a matter of two slices.
 //
-// A chunk that shares its pass with other rows leaves it then: between two layers, or between two of its head chunks. What it has
-// so far stays in Saved, as that of a chunk which stopped alone, and later steps run the rest. The other rows (of requests, and
-// evaluation examples, which are never cut) go on as a batch of their own from the layer they have come to.
+// A chunk that shares its pass with other rows leaves it then (when Plan::chunk_leaves says so): between two layers, or between two
+// of its head chunks. What it has so far stays in Saved, as that of a chunk which stopped alone, and later steps run the rest. The
+// other rows (of requests, and evaluation examples, which are never cut) go on as a batch of their own from the layer they have
+// come to.
 #include <algorithm>
 
 #include "core/random.h"
@@ -104,13 +105,14 @@ Plan without_training(const Plan& plan) {
 
 }  // namespace
 
-// The forward of a step's batch when it holds a chunk. Layer by layer when a request may interrupt it, else in one go.
+// The forward of a step's batch when it holds a chunk. Layer by layer when the chunk leaves it for a request that comes, else in
+// one go.
 void Engine::Impl::run_chunk(const Plan& plan, StepBatch& batch, const StepContext& context, Arena& scratch, StepOutcome& outcome) {
   Core& c = *core;
   const BatchView& view = batch.view;
   const Saved& saved = c.micro->saved;
   const int64_t layers = c.model.config().num_layers, heads = std::ssize(view.chunks);
-  if (!plan.interruptible) {
+  if (!plan.chunk_leaves) {
     c.model.forward_layers(view, c.kv, saved, 0, layers, scratch);
     c.model.forward_heads(view, saved, 0, heads, scratch);
     return;

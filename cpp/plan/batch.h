@@ -51,10 +51,13 @@ struct Plan {
   // The rest of a stopped chunk is run in later plans, beside segments of other kinds, after their forward. The most to run; 0: a
   // chunk runs in one pass with the other segments, and no chunk is stopped.
   int32_t forward_slices = 0;
-  // An arriving request may end the step before the next slice, and make a chunk leave the pass that it shares with other rows
-  // (StepOutcome). Beside rows of requests not behind a step that ended before any of its training ran: with an arrival in every
-  // step none ever would.
+  // An arriving request may end the step before the next slice. Beside rows of requests not behind a step that ended before any of
+  // its training ran: with an arrival in every step none ever would.
   bool interruptible = true;
+  // It may also make a chunk leave the pass that it shares with other rows (StepOutcome). Beside rows of requests only while at
+  // most half of the last 32 steps had an arrival: each pass that is left makes one more pass of the requests' rows, which with an
+  // arrival in every step takes more than a quarter of training, for waits that are hardly shorter.
+  bool chunk_leaves = true;
   bool resumes = false;                 // the slices belong to a chunk that stopped in an earlier step
   int32_t backward_slices = 0;          // at most, of the micro-batch whose forward is complete (with this step), from the top
   std::vector<int64_t> completed_jobs;  // whose last gradient or loss is in after this step (all slices run), in order of arrival

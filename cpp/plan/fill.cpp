@@ -9,6 +9,7 @@
 // A chunk of training is cut where its rows cost least, which is where the tiles of the products are full. When such a chunk takes
 // longer than the schedule has, a step of decodes alone saves the time for it.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -30,6 +31,7 @@ constexpr double kPromptShare = 0.25;   // of the time to first token: the longe
 constexpr double kUrgentShare = 0.5;    // of it: with less left a prompt goes before its turn
 constexpr int kUrgentLooks = 64;        // prompts a step looks at in order of deadline, bounds the work when thousands wait
 constexpr int32_t kSmallestChunk = 16;  // training rows worth a place in a step
+constexpr int kCalm = 16;               // of the last 32 steps: those with an arrival, at most, when a chunk may leave its pass
 
 double causal_pairs(double begin, double rows) { return rows * begin + rows * (rows + 1) / 2; }
 double passes(double heads) { return std::ceil(heads / kHeadSlice); }
@@ -152,6 +154,11 @@ void Planner::State::note_token(PlannedRequest& r, double when) {
 // ---------------------------------------------------------------- training in pieces
 
 bool Planner::State::interruptible(const Plan& plan) const { return is_alone(plan) || (!overdue_training && !cut_short); }
+
+bool Planner::State::chunk_leaves(const Plan& plan) const {
+  const bool calm = std::popcount(arrived) <= kCalm;
+  return interruptible(plan) && (is_alone(plan) || calm);
+}
 
 void Planner::State::train_in_pieces() {
   plan_pieces();

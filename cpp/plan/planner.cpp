@@ -94,6 +94,7 @@ void Planner::add_request(RequestSpec spec) {
   r.use_prefix_cache = spec.use_prefix_cache;
   r.priority = spec.priority;
   r.arrival = s.arrivals++;
+  s.arrived |= 1;
   r.prompt_tokens = prompt;
   r.token_limit = prompt + spec.max_tokens;
   r.deadline = spec.deadline >= 0 ? spec.deadline : s.config.goal ? spec.arrived + s.config.goal->ttft : -1;
@@ -207,6 +208,7 @@ std::vector<int64_t> Planner::State::commit(const Plan& plan, const StepOutcome&
   const bool rows_offered = limits.rows_wanted > 0;
   cut_short = !is_alone(plan) && got_nothing_of_training(plan, outcome);
   waited = waits;
+  arrived <<= 1;
   clock += rows_offered;
   if (!served_queues.empty()) {
     const PromptLevel* waiting_longest = &prompts.least_recently_served();

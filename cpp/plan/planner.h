@@ -94,8 +94,8 @@ struct StepBudget {
 };
 
 // How much of a plan was run. Rows of requests and of evaluation always are. A chunk that shares a pass with them may leave it
-// between two layers, or between two head chunks, and be a stopped one from then on; of the slices behind the pass the engine may
-// stop early.
+// between two layers, or between two head chunks, and be a stopped one from then on (Plan::chunk_leaves); of the slices behind the
+// pass the engine may stop early.
 struct StepOutcome {
   int32_t forward_slices = -1;   // of Plan::forward_slices, or of a chunk that left its pass (layers, then head chunks); < 0: all
   bool forward_done = true;      // the chunk that these belong to is complete (its losses are in)

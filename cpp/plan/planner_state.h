@@ -41,6 +41,7 @@ struct Planner::State {
   uint64_t clock = 0;        // committed steps that had a row budget
   uint64_t turns = 0;        // decodes committed
   int64_t level_passes = 0;  // committed steps with prompt rows since the least recently served priority was passed over
+  uint32_t arrived = 0;      // a bit per step, whether a request came just before it: the next one's is bit 0, then back in time
   PlannerStats counts;       // preemptions and cached_tokens; the rest is derived
 
   // ---- the open plan
@@ -107,6 +108,7 @@ struct Planner::State {
 
   // ---- training in pieces
   bool interruptible(const Plan& plan) const;
+  bool chunk_leaves(const Plan& plan) const;
   static bool is_alone(const Plan& plan) { return plan.rows[2] + plan.rows[3] == 0; }  // no rows of requests
   void train_in_pieces();
   void plan_pieces();

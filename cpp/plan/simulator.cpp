@@ -191,7 +191,7 @@ class Simulation {
         if (seconds_of(after(plan, middle)) >= until) high = middle;
         else low = middle + 1;
       }
-      if (leaves_pass(plan, until / seconds_of(after(plan, 0)), outcome)) {
+      if (plan.chunk_leaves && leaves_pass(plan, until / seconds_of(after(plan, 0)), outcome)) {
         ++result_.interrupted;
         seconds = seconds_of(outcome);
       } else if (low < all) {

@@ -2,8 +2,9 @@
 // mini-batches queued, and a step takes what the cost model says of the work it did. So a planner is tuned, and a deployment sized,
 // by the million steps.
 //
-// Like the engine it lets an arriving request cut a step short (Plan::interruptible): no slice begins once one is in, and a chunk
-// leaves the pass that it shares with other rows. A run is a function of its arguments: the noise on the clock comes from a seed.
+// Like the engine it lets an arriving request cut a step short: no slice begins once one is in (Plan::interruptible), and a chunk
+// leaves the pass that it shares with other rows (Plan::chunk_leaves). A run is a function of its arguments: the noise on the clock
+// comes from a seed.
 #pragma once
 
 #include <cstdint>

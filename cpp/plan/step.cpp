@@ -397,6 +397,7 @@ Plan Planner::State::emit() {
   const bool alone = is_alone(plan);
   plan.seconds = alone ? alone_seconds : std::max(train_seconds, plan.rows[3] > 0 ? train_seconds : prompt_seconds);
   plan.interruptible = interruptible(plan);
+  plan.chunk_leaves = chunk_leaves(plan);
   return plan;
 }
 

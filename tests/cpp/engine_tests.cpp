@@ -339,7 +339,8 @@ void random_work(int slice_rows) {
       engine.remove_adapter(names[n]);
       names.erase(names.begin() + static_cast<long>(n));
     }
-    for (int k = static_cast<int>(random() % 3); k > 0; --k) {
+    const bool rarely = i / 50 % 2 == 1;  // five requests in every fifth step or so
+    for (int k = static_cast<int>(rarely ? 5 * (random() % 5 == 0) : random() % 3); k > 0; --k) {
       InferOptions o{.adapter = names.empty() || random() % 4 == 0 ? "" : names[pick(names.size())],
                      .sampling = greedy(1 + random() % 30)};
       o.sampling.temperature = random() % 2;

@@ -137,7 +137,8 @@ void plan_at_start_and_no_more(const EngineOptions& options) {
     if (random() % (std::string(phase) == "pass layer" ? 2 : 32) == 0) inside.arrivals = 1;
   };
   for (int i = 0; i < 200; ++i) {
-    for (int k = static_cast<int>(random() % 3); k > 0; --k)
+    const bool rarely = i / 50 % 2 == 1;  // five requests in every fifth step or so
+    for (int k = static_cast<int>(rarely ? 5 * (random() % 5 == 0) : random() % 3); k > 0; --k)
       hosted->submit_infer(tokens(random, 1 + static_cast<int>(random() % 60)), infer(names[random() % 4], 1 + random() % 20));
     if (random() % 2)
       hosted->submit_train(names[1 + random() % 3], examples(random(), 1 + static_cast<int>(random() % 4), 2 + random() % 30),

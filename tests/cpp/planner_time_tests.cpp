@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <deque>
 #include <iostream>
 #include <map>
 #include <random>
@@ -285,7 +286,7 @@ TEST(a_chunk_that_left_its_pass_goes_on_before_another_begins) {
   player.step();  // of the decode alone: the time is saved for a longer chunk
   const Plan plan = planner.plan({.now = player.now});
   const int32_t rows = plan.rows[0], layers = config.num_layers, all = layers + (rows + 255) / 256;
-  CHECK(rows > 256 && plan.rows[3] == 1 && plan.forward_slices == 0 && plan.interruptible);
+  CHECK(rows > 256 && plan.rows[3] == 1 && plan.forward_slices == 0 && plan.chunk_leaves);
   const auto seconds = [&](const StepOutcome& outcome) { return cost.predict(planner.work_of(plan, outcome)); };
   const double whole = seconds({});
   double before = 0;
@@ -310,6 +311,46 @@ TEST(a_chunk_that_left_its_pass_goes_on_before_another_begins) {
   CHECK(!next.interruptible);  // not twice running before anything ran
   for (int steps = 0; next.rows[0] == 0 && steps < 20; ++steps) next = player.step();
   CHECK_EQ(next.micro_row, rows);
+}
+
+TEST(a_chunk_leaves_its_pass_only_while_few_steps_have_arrivals) {
+  const CostModel cost = gpu_8b();
+  Planner planner(config_with(cost, 1, 0.03));
+  planner.add_adapter(1, 1, 0);
+  Player player(planner, cost);
+  player.request(0, 1, 64, 1000);
+  for (int64_t j = 1; j <= 60; ++j) player.job(j, 1, {2048, 2048, 2048, 2048});
+  int64_t id = 100;
+  std::deque<bool> came = {true};                 // before each of the last 32 steps, the next one's last
+  const auto steps = [&](int count, int every) {  // how many had a chunk that may leave their pass
+    int leaves = 0;
+    for (int i = 0; i < count; ++i) {
+      if (every > 0 && i % every == 0) {
+        player.request(id++, 1, 16, 1);
+        came.back() = true;
+      }
+      const Plan plan = player.step();
+      CHECK(plan.rows[3] == 1 && plan.interruptible);
+      CHECK_EQ(plan.chunk_leaves, std::ranges::count(came, true) <= 16);
+      leaves += plan.chunk_leaves && plan.rows[0] > 0;
+      came.push_back(false);
+      if (came.size() > 32) came.pop_front();
+    }
+    return leaves;
+  };
+  player.step();  // the first request's prompt
+  came.push_back(false);
+  for (int turn = 0; turn < 2; ++turn) {
+    CHECK(steps(60, 2) > 0);  // in half of the steps
+    steps(40, 1);
+    CHECK(steps(12, 0) == 0);
+    steps(20, 0);
+    CHECK(steps(10, 0) > 0);
+    CHECK(steps(10, 1) > 0);
+  }
+  steps(40, 1);
+  for (const auto& [request, left] : player.left) planner.finish(request);
+  CHECK(player.step().chunk_leaves);  // no rows of requests beside it
 }
 
 TEST(random_work_in_pieces_keeps_every_rule) {
@@ -391,7 +432,7 @@ TEST(random_work_in_pieces_keeps_every_rule) {
         if (!outcome.forward_done && !plan.resumes) stopped_rows = plan.rows[0];
         if (outcome.forward_done) forwarded += plan.resumes ? stopped_rows : plan.rows[0], stopped_rows = 0;
         stopped += !outcome.forward_done;
-      } else if (!last && plan.rows[0] > 0 && plan.interruptible && pick(0, 2) == 0) {
+      } else if (!last && plan.rows[0] > 0 && plan.chunk_leaves && pick(0, 2) == 0) {
         outcome.forward_done = false;
         outcome.forward_slices = pick(0, c.num_layers + plan.rows[0] / 256);
         stopped_rows = plan.rows[0];

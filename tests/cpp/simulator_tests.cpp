@@ -312,6 +312,34 @@ TEST(an_arrival_beside_decodes_does_not_wait_for_a_pass_with_training) {
   CHECK(quantile(waits, 1) <= 0.012);
 }
 
+// Where few steps have an arrival it hardly waits; where nearly all have, training keeps its rate.
+TEST(chunks_leave_their_passes_for_rare_arrivals_and_not_for_a_stream) {
+  const CostModel truth(llama_8b(), tiled_gpu());
+  const SimulatedTrainer trainers[] = {packed(4), packed(5)};
+  SimulationOptions o = options_for(6, 0.03);
+  o.planner.slice_rows = 1024;
+  o.seconds = 120;
+  const double alone = static_cast<double>(trained_tokens(simulate(o, truth, {}, trainers))) / o.seconds;
+  struct Case {
+    double rate;
+    int32_t prompt, output;
+    double wait, share;
+  };
+  for (const Case c : {Case{1, 200, 150, 0.01, 0.8}, Case{10, 200, 150, 0.016, 0.6}, Case{160, 20, 8, 0.03, 0.45}}) {
+    const auto requests = poisson(c.rate, static_cast<size_t>(1.2 * c.rate * o.seconds), 4, 3, c.prompt, c.output);
+    const SimulationResult result = simulate(o, truth, requests, trainers);
+    std::vector<double> waits;
+    for (size_t i = 0; i < requests.size(); ++i) {
+      if (result.requests[i].scheduled >= 0) waits.push_back(result.requests[i].scheduled - requests[i].arrived);
+    }
+    const double wait = quantile(waits, 0.9), share = static_cast<double>(trained_tokens(result)) / result.seconds / alone;
+    std::printf("seed 3, %.0f requests a second: first row %.1f ms after it came (p90), training at %.1f %% of alone\n", c.rate,
+                1e3 * wait, 100 * share);
+    CHECK(wait <= c.wait);
+    CHECK(share >= c.share);
+  }
+}
+
 TEST(targets_that_serving_alone_meets_are_met_beside_training) {
   const CostModel truth = clock_of_gpu();
   const SimulatedTrainer trainers[] = {packed(4), packed(5)};
