@@ -43,6 +43,7 @@ void Engine::Impl::launch_ahead(const Plan& plan, const StepBatch& batch, double
   for (const auto& [id, head] : awaited) c.planner.expect_token(id);
   budget.now = end;
   const Plan next = c.planner.plan(budget);
+  note_preempted(next);
   bool launched = false;
   const Finally close([&] {
     if (!launched) c.planner.abort(next);

@@ -209,6 +209,7 @@ struct Engine::Impl {
   // times and numbers (observe.cpp)
   double now() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - epoch).count(); }
   void note_work(const Plan& plan, const StepOutcome& outcome);
+  void note_preempted(const Plan& plan);
   void note_rows(const Plan& plan, double begin);
   void finish_record(Request& request) const;
   void observe(const Plan& plan, double begin, double planned, bool timed = true);

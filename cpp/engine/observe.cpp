@@ -26,12 +26,16 @@ void Engine::Impl::note_work(const Plan& plan, const StepOutcome& outcome) {
   c.serving_share = all > 0 ? std::clamp(c.cost.predict(serving) / all, 0.0, 1.0) : 0;
 }
 
+// Also of a plan that is not run: they stay pre-empted.
+void Engine::Impl::note_preempted(const Plan& plan) {
+  for (const int64_t id : plan.preempted) {
+    if (const auto r = core->requests.find(id); r != core->requests.end()) r->second.result.preemptions += 1;
+  }
+}
+
 // Who had rows in the step that began at `begin`.
 void Engine::Impl::note_rows(const Plan& plan, double begin) {
   Core& c = *core;
-  for (const int64_t id : plan.preempted) {
-    if (const auto r = c.requests.find(id); r != c.requests.end()) r->second.result.preemptions += 1;
-  }
   const auto note_job = [&](int64_t id) {
     const auto job = c.jobs.find(id);
     if (job == c.jobs.end()) return;

@@ -218,6 +218,7 @@ void Engine::Impl::run(const Plan& plan) {
   Finally unpin([&] { c.pool.unpin(pinned); });
 
   if (!plan.micro_batch.empty()) begin_micro_batch(plan, weights);
+  note_preempted(plan);
   note_rows(plan, budget.now);
   const StepContext context = context_of(weights);
   // A chunk that runs layer by layer has a batch of its own.

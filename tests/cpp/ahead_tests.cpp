@@ -37,12 +37,16 @@ using Answers = std::map<int64_t, Answer>;
 
 struct Seen {
   Answers answers;
+  int64_t preemptions = 0;  // by the requests' records
   std::map<int64_t, std::vector<int32_t>> streamed;
 };
 
 void take(Seen& seen, const StepResult& result) {
   for (const TokenEvent& e : result.tokens) seen.streamed[e.request_id].push_back(e.token_id);
-  for (const InferResult& r : result.finished) seen.answers[r.request_id] = {r.token_ids, r.logprobs, r.finish_reason};
+  for (const InferResult& r : result.finished) {
+    seen.answers[r.request_id] = {r.token_ids, r.logprobs, r.finish_reason};
+    seen.preemptions += r.preemptions;
+  }
 }
 
 Seen drain_all(Lazy& lazy) {
@@ -119,6 +123,7 @@ TEST(random_traffic_answers_as_without) {
     }
     for (const auto& [id, answer] : seen.answers) CHECK(seen.streamed[id] == answer.tokens);
     stats[ahead] = lazy->stats();
+    CHECK_EQ(seen.preemptions + rest.preemptions, stats[ahead].preemptions);
     return seen.answers;
   };
   const Answers with = run(true), without = run(false);
@@ -135,7 +140,7 @@ TEST(random_traffic_answers_as_without) {
   const EngineStats& s = stats[true];
   CHECK_EQ(s.kv_pages_free + s.kv_pages_cached, s.kv_pages);
   CHECK_EQ(s.generated_tokens, stats[false].generated_tokens);
-  CHECK(s.steps_ahead > 100);
+  CHECK(s.steps_ahead > 50);
   CHECK(s.cached_prompt_tokens > 0 && s.preemptions > 0 && s.adapter_evictions > 0);
   std::cout << with.size() << " requests, " << s.steps_ahead << " of " << s.steps << " steps ahead, "
             << s.decode_tokens - stats[false].decode_tokens << " more rows of decodes, " << s.cached_prompt_tokens
