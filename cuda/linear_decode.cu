@@ -11,6 +11,8 @@
 // list the adapters at the start and bring s to shared memory for the expand, which adds to the same registers as W's product. A
 // launch without adapters has a kernel of its own: it runs from a cold instruction cache, and so a third of the code starts sooner.
 //
+// One file because every part of the kernel works on the same ring.
+//
 // Launches overlap: what does not depend on x is requested before the launch in front has ended, which keeps the memory busy across
 // the small kernels between two products. All blocks of a launch run at the same time (at most one a processor), so they may wait
 // for each other.
