@@ -107,8 +107,8 @@ TEST(random_traffic_answers_as_without) {
           request.sampling.repetition_penalty = random() % 20 == 0 ? 1.2 : 1.0;
           for (uint32_t stop = random() % 6; stop > 0; --stop)
             request.sampling.stop_token_ids.push_back(static_cast<int32_t>(random() % 60));
-          std::vector<int32_t> prompt = tokens(random, 1 + static_cast<int>(random() % 20));
-          if (random() % 2) prompt.insert(prompt.begin(), shared.begin(), shared.end());
+          std::vector<int32_t> prompt = random() % 2 ? shared : std::vector<int32_t>{};
+          for (const int32_t id : tokens(random, 1 + static_cast<int>(random() % 20))) prompt.push_back(id);
           lazy->submit_infer(prompt, request);
         }
       }
