@@ -538,7 +538,9 @@ TEST(steps_are_cheap) {
   std::printf("seed 41: %.1f us of processor time a simulated step, %.2f million steps a minute; %lld steps are %.0f s there\n",
               1e6 * each, 60 / each / 1e6, static_cast<long long>(result.steps), result.seconds);
   CHECK_EQ(result.steps, 20000);
-  CHECK(each < 3e-4);  // about 60 us in an optimized build on a free core; the rest is for sanitizers' and shared machines' sake
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // else it is the sanitizer's time
+  CHECK(each < 3e-4);  // about 60 us on a free core; the rest is for shared machines' sake
+#endif
 }
 
 TEST(a_planner_that_believed_another_machine_learns) {
