@@ -62,6 +62,27 @@ struct Launch {
   }
 };
 
+// Clusters of `cluster` blocks along x that the device runs at a time: fewer than its processors have room for, since the blocks of
+// a cluster are on processors of one group.
+template <class... Params>
+int clusters_at_once(void (*kernel)(Params...), int cluster, int threads, size_t shared) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+        "cudaFuncSetAttribute(shared memory)");
+  int count = 0;
+  check(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
+  return count;
+}
+
 // Calls f.operator()<T>() with the element type of the compute dtype.
 template <class F>
 void dispatch_half(DType dtype, F&& f) {

@@ -392,21 +392,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Fu
 
 template <class T, bool kBackward>
 int clusters() {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(kFusedPair);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes<T>;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = kFusedPair;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check(cudaFuncSetAttribute(kernel<T, kBackward>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes<T>)),
-        "cudaFuncSetAttribute(shared memory)");
-  int count = 0;
-  check(cudaOccupancyMaxActiveClusters(&count, kernel<T, kBackward>, &config), "cudaOccupancyMaxActiveClusters");
-  return count;
+  return clusters_at_once(kernel<T, kBackward>, kFusedPair, kThreads, kSharedBytes<T>);
 }
 
 template <class T>

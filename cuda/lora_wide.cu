@@ -507,27 +507,10 @@ void launch_wide(const WideArgs& args, int64_t blocks, int64_t ranges, int rank,
          true}(wide_kernel<T, NR, kSum>, args);
 }
 
-// Clusters of ds and dB that the device runs at a time: fewer than its processors have room for, since the blocks of a cluster are
-// on processors of one group.
+// Of ds and dB.
 template <class T, int NR>
-int clusters_at_once() {
-  constexpr auto kernel = wide_kernel<T, NR, true>;
-  constexpr size_t kShared = Shape<NR, true>::kShared;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(kCluster);
-  config.blockDim = dim3(kLoraThreads);
-  config.dynamicSmemBytes = kShared;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = kCluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kShared)),
-        "cudaFuncSetAttribute(shared memory)");
-  int count = 0;
-  check(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
-  return std::max(1, count);
+int clusters_of_sums() {
+  return std::max(1, clusters_at_once(wide_kernel<T, NR, true>, kCluster, kLoraThreads, Shape<NR, true>::kShared));
 }
 
 template <class T>
@@ -562,7 +545,7 @@ bool CudaOps::wide_sum(const LoraLinear& linear, const LoraGroups& groups, const
   dispatch_half(dtype_, [&]<class T>() {
     const auto go = [&]<int NR>() {
       int& clusters = wide_clusters_[NR / 16 - 1];
-      if (clusters == 0) clusters = clusters_at_once<T, NR>();
+      if (clusters == 0) clusters = clusters_of_sums<T, NR>();
       const Ranges ranges = ranges_of(groups, blocks, int64_t{clusters} * kCluster, args.slot, kMostScratch);
       std::byte* scratch = static_cast<std::byte*>(lora_scratch_.get(share_bytes + ranges.bytes));
       args.shares = reinterpret_cast<float*>(scratch);

@@ -117,12 +117,6 @@ __device__ inline uint64_t load_relaxed(const uint64_t* p) {
   return v;
 }
 // A counter that every block raises after its writes and the barrier behind them; another that has seen it raised may read those.
-__device__ inline uint64_t add_release(uint64_t* p, uint64_t add) {
-  uint64_t old;
-  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(old) : "l"(p), "l"(add) : "memory");
-  return old;
-}
-// The same without what it was.
 __device__ inline void raise_release(uint64_t* p, uint64_t add) {
   asm volatile("red.add.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(add) : "memory");
 }
