@@ -38,16 +38,13 @@ StepResult Engine::Impl::step() {
     throw;
   }
   reject_late();
-  if (core->ahead) {
-    try {
-      finish_ahead();
-    } catch (const DeviceError& error) {
-      fail(error);
-      publish();
-      throw;
-    }
-  } else {
-    plan_and_run();
+  try {
+    if (core->ahead) finish_ahead();
+    else plan_and_run();
+  } catch (const DeviceError& error) {
+    fail(error);
+    publish();
+    throw;
   }
   StepResult result = std::exchange(core->events, {});
   publish();
@@ -61,10 +58,8 @@ void Engine::Impl::plan_and_run() {
   if (!plan.empty()) {
     try {
       run(plan);
-    } catch (const DeviceError& error) {
-      fail(error);
+    } catch (const DeviceError&) {
       if (!core->committed) core->planner.abort(plan);  // nothing else: the device answers no more, and no step follows
-      publish();
       throw;
     } catch (const std::exception& error) {
       recover(plan, error.what());
