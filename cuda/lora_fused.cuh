@@ -89,16 +89,16 @@ struct Place {
 template <class F>
 __device__ inline void for_each_piece(const FusedArgs& a, int rank, int cluster, int clusters, F&& f) {
   const FusedSchedule& schedule = a.schedule;
-  const int dealt = schedule.dealt / clusters, first = schedule.piece_begin[cluster];
-  const int count = dealt + schedule.piece_begin[cluster + 1] - first;
+  const int dealt = schedule.dealt / clusters, first = schedule.piece_begin[cluster], before = schedule.before[cluster];
+  const int pieces = schedule.piece_begin[cluster + 1] - first;
 #pragma unroll 1
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < dealt + pieces; ++i) {
     FusedPiece piece;
-    int item = cluster + i * clusters;
-    if (i < dealt) {
+    int item = cluster + (i < before ? i : i - pieces) * clusters;
+    if (i < before || i >= before + pieces) {
       piece.end = static_cast<uint16_t>(a.steps);
     } else {
-      piece = schedule.pieces[first + i - dealt];
+      piece = schedule.pieces[first + i - before];
       item = schedule.dealt + piece.item;
     }
     f(piece, fused_work(a, item, rank));

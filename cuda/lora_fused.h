@@ -79,6 +79,7 @@ struct FusedSchedule {
   // i * (parts - 1) + p.
   int32_t divided = 0, parts = 1;
   uint16_t piece_begin[kFusedClusters + 1] = {};  // [clusters + 1]
+  uint16_t before[kFusedClusters] = {};  // [clusters]: dealt items in front of the cluster's pieces; all but whole ones come last
   FusedPiece pieces[kFusedPieces] = {};
 };
 
