@@ -188,6 +188,7 @@ __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, 
     }
   });
   wait_for_previous();  // the launch behind this one relies on both
+  let_next_start();     // its blocks come where clusters end early
 }
 
 // A warpgroup's 64 rows of a finished tile, 64 columns at a time: registers -> swizzled shared memory -> y, by TMA, which leaves

@@ -1,6 +1,6 @@
 // lora_expand, lora_fill and lora_backward_x: the products out of rank columns into wide rows (lora_spread.cuh). A block takes 512
 // columns of one part and up to 32 rows of one group; a warp 64 columns. What is there already is loaded before the products, all
-// of it: bandwidth needs the loads in flight.
+// of it: bandwidth needs the loads in flight. With few rows a launch may begin beside the one in front.
 #include <algorithm>
 
 #include "cuda_ops.h"
@@ -24,13 +24,21 @@ struct SpreadArgs {
   int64_t ld_y;
 };
 
+// Waits for the launch in front, and only then lets the next one begin. Every thread of every block passes it, also of blocks
+// without work.
+__device__ inline void start_after_previous() {
+  wait_for_previous();
+  let_next_start();
+}
+
 template <class T, class Y, int NT, Product kProduct, bool kFast>
 __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
   const Tile tile = find_tile(a.call, NT * 8, static_cast<int>(blockIdx.x));
-  if (tile.group < 0) return;
+  if (tile.group < 0) return start_after_previous();
   const LoraGroup& group = a.call.groups[tile.group];
   constexpr bool kExpand = kProduct == Product::expand || kProduct == Product::fill;
-  if (!kExpand && (group.dropout > 0) != (kProduct == Product::backward_dropout)) return;  // of the whole block
+  if (!kExpand && (group.dropout > 0) != (kProduct == Product::backward_dropout))
+    return start_after_previous();  // of the whole block
   __shared__ LoraSite site;
   fetch_site(tile.sites + a.call.site, site);
   __syncthreads();
@@ -49,7 +57,23 @@ __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
     }
   }
   const int n0 = block * kBlockColumns + warp * kSpreadColumns;
-  if (n0 >= columns) return;
+  if (n0 >= columns) return start_after_previous();
+  // The matrix is an adapter's: its first ranks need not wait for the launch in front.
+  const void* matrix = nullptr;
+  int rank = 0;
+  if constexpr (kExpand) {
+    matrix = site.part[part].b;
+    rank = site.part[part].rank;
+  } else if constexpr (kProduct == Product::backward) {
+    for (int p = 0; p < a.call.parts; ++p) {
+      if (matrix == nullptr && site.part[p].rank > 0) matrix = site.part[p].a;  // the parts' A are one matrix [sum of ranks, in]
+      rank += site.part[p].rank;
+    }
+  }
+  SpreadFragments first = {};
+  if (rank > 0) load_spread<!kExpand, kFast>(matrix, columns, rank, n0, 0, first);
+  start_after_previous();
+  if (rank == 0 && (kProduct == Product::expand || kProduct == Product::backward)) return;
   Y* y = static_cast<Y*>(a.y) + tile.row * a.ld_y + y_column;
   const int column = n0 + 8 * g;
   const T* s = static_cast<const T*>(a.s) + tile.row * a.ld_s;
@@ -69,17 +93,23 @@ __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
   }
 
   float sum[NT][4][4] = {};
-  // Adds scale * S[:, s0 : s0 + rank] Q^T to `sum`.
-  const auto product = [&](const void* matrix, int rank, int s0, float (&to)[NT][4][4]) {
-    constexpr bool kTransposed = !kExpand;
+  // Adds S[:, s0 : s0 + ranks] Q^T to `to`; `f`: the fragments of the first ranks.
+  const auto product = [&](const void* of, int ranks, int s0, SpreadFragments f, float (&to)[NT][4][4]) {
 #pragma unroll 1
-    for (int r = 0; r < rank; r += 16) {
-      SpreadFragments f;
-      load_spread<kTransposed, kFast>(matrix, columns, rank, n0, r, f);
+    for (int r = 0; r < ranks; r += 16) {
+      if (r > 0) load_spread<!kExpand, kFast>(of, columns, ranks, n0, r, f);
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         const int row = n * 8 + g;
-        const uint2 b = row < tile.rows ? load4<kFast>(s + row * a.ld_s + s0, r + 4 * q, rank) : uint2{0, 0};
+        const T* from = s + row * a.ld_s + s0;
+        const int at = r + 4 * q;
+        uint2 b = {0, 0};
+        if constexpr (kFast) {
+          // Not through the read-only path: the compiler may move such a load in front of the wait for the launch that writes s.
+          if (row < tile.rows && at < ranks) b = *reinterpret_cast<const uint2*>(from + at);
+        } else {
+          if (row < tile.rows) b = load4<false>(from, at, ranks);
+        }
 #pragma unroll
         for (int t = 0; t < 4; ++t) multiply<T>(to[n][t], f.a[t][0], f.a[t][1], f.a[t][2], f.a[t][3], b.x, b.y);
       }
@@ -87,27 +117,18 @@ __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
   };
 
   float scale = 1;
-  if constexpr (kExpand) {
-    if (kProduct == Product::expand && site.part[part].rank == 0) return;
-    scale = site.part[part].scale;
-    product(site.part[part].b, site.part[part].rank, s_column, sum);
-  } else if constexpr (kProduct == Product::backward) {
-    const void* first = nullptr;  // the parts' A are one matrix [sum of ranks, in]
-    int rank = 0;
-    for (int p = 0; p < a.call.parts; ++p) {
-      if (first == nullptr && site.part[p].rank > 0) first = site.part[p].a;
-      rank += site.part[p].rank;
-    }
-    if (rank == 0) return;
-    product(first, rank, 0, sum);
+  if constexpr (kProduct != Product::backward_dropout) {
+    if constexpr (kExpand) scale = site.part[part].scale;
+    product(matrix, rank, s_column, first, sum);
   } else {
     int s0 = 0;
     for (int p = 0; p < a.call.parts; ++p) {
-      const int rank = site.part[p].rank;
-      if (rank == 0) continue;
+      const int ranks = site.part[p].rank;
+      if (ranks == 0) continue;
       float own[NT][4][4] = {};
-      product(site.part[p].a, rank, s0, own);
-      s0 += rank;
+      load_spread<true, kFast>(site.part[p].a, columns, ranks, n0, 0, first);
+      product(site.part[p].a, ranks, s0, first, own);
+      s0 += ranks;
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
 #pragma unroll
@@ -253,7 +274,7 @@ __global__ void __launch_bounds__(kLoraThreads, 2) stream_kernel(SpreadArgs a) {
 
 template <class T, class Y, int NT, Product kProduct, bool kFast>
 void launch_tiles(int64_t tiles, const SpreadArgs& args, int64_t blocks, cudaStream_t stream, std::source_location where) {
-  Launch{dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(blocks)), dim3(kLoraThreads), 0, stream, 1, where}(
+  Launch{dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(blocks)), dim3(kLoraThreads), 0, stream, 1, where, true}(
       spread_kernel<T, Y, NT, kProduct, kFast>, args);
 }
 
