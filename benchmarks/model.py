@@ -267,39 +267,38 @@ class Bench:
 
     def mixed(self) -> None:
         """Steps of 2,048 rows of an example alone and with 64 decodes beside them: forward (an evaluation), and the whole training
-        step, backward and update included."""
-        times = {}
-        for decodes in (0, 64):
-            samples = []
-            if decodes:
-                self.start_decodes(decodes, 8, 512, 10 + 2 * self.args.repeats)
-            for i in range(2 + self.args.repeats):
-                self.engine.submit_eval("a1", [self.lq.Example(input_ids=self.ids(2048, i))])
-                begin = time.perf_counter()
-                result = self.engine.step()
-                if i >= 2:
-                    samples.append(time.perf_counter() - begin)
-                if len(result.evaluated) != 1 or len(result.tokens) != decodes:
-                    raise RuntimeError(f"mixed: expected an evaluation and {decodes} tokens in one step, got {result}")
-            times[decodes] = statistics.median(samples) * 1e3
-            self.note(f"forward_2048_with_{decodes}_decodes_ms", times[decodes])
-            self.drain()
-        self.note("mixed_forward_over_alone", times[64] / times[0])
-        for decodes in (0, 64):
-            samples = []
-            if decodes:
-                self.start_decodes(decodes, 8, 512, 10 + 4 * self.args.repeats)
-            for i in range(1 + self.args.repeats):
-                self.engine.submit_train("a1", [self.lq.Example(input_ids=self.ids(2049, i))], optimizer=self.lq.AdamW(lr=1e-4))
-                begin = time.perf_counter()
-                while not self.engine.step().trained:
-                    pass
-                if i >= 1:
-                    samples.append(time.perf_counter() - begin)
-            times[decodes] = statistics.median(samples) * 1e3
-            self.note(f"train_2048_with_{decodes}_decodes_ms", times[decodes])
-            self.drain()
-        self.note("mixed_over_training_alone", times[64] / times[0])
+        step, backward and update included. In turn and after steps of the same kind, since a busy card lowers its clock."""
+
+        def evaluate(decodes: int, i: int) -> None:
+            self.engine.submit_eval("a1", [self.lq.Example(input_ids=self.ids(2048, i))])
+            result = self.engine.step()
+            if len(result.evaluated) != 1 or len(result.tokens) != decodes:
+                raise RuntimeError(f"mixed: expected an evaluation and {decodes} tokens in one step, got {result}")
+
+        def train(_: int, i: int) -> None:
+            self.engine.submit_train("a1", [self.lq.Example(input_ids=self.ids(2049, i))], optimizer=self.lq.AdamW(lr=1e-4))
+            while not self.engine.step().trained:
+                pass
+
+        for name, step, warm, over in (
+            ("forward", evaluate, 10, "mixed_forward_over_alone"),
+            ("train", train, 3, "mixed_over_training_alone"),
+        ):
+            samples: dict[int, list[float]] = {0: [], 64: []}
+            for _ in range(3):
+                for decodes, times in samples.items():
+                    if decodes:
+                        self.start_decodes(decodes, 8, 512, 24 + 4 * (warm + self.args.repeats))
+                    for i in range(warm + self.args.repeats):
+                        begin = time.perf_counter()
+                        step(decodes, i)
+                        if i >= warm:
+                            times.append(time.perf_counter() - begin)
+                    self.drain()
+            ms = {decodes: statistics.median(times) * 1e3 for decodes, times in samples.items()}
+            for decodes in ms:
+                self.note(f"{name}_2048_with_{decodes}_decodes_ms", ms[decodes])
+            self.note(over, ms[64] / ms[0])
 
     # ------------------------------------------------------------ training beside live decodes
 
