@@ -224,14 +224,21 @@ void CostModel::rescale(const Features& f, double seconds) {
   }
 }
 
-// Non-negative least squares: (normal + hold) theta = target + hold * center, by coordinate descent.
+// Non-negative least squares: (normal + hold) theta = target + hold * center, by coordinate descent. What is left of the right side
+// is kept up to date with each coordinate, a row of the symmetric matrix at a time: no sum has to wait for its own terms.
 void CostModel::solve() {
-  const Features center = observations_ <= kFirst ? prior_ : theta_;
+  const Features& center = observations_ <= kFirst ? prior_ : theta_;
+  Features left;
+  for (size_t i = 0; i < kFeatures; ++i) left[i] = target_[i] + kHold * center[i];
+  for (size_t j = 0; j < kFeatures; ++j) {
+    for (size_t i = 0; i < kFeatures; ++i) left[i] -= normal_[j][i] * theta_[j];
+  }
   for (int sweep = 0; sweep < kSweeps; ++sweep) {
     for (size_t i = 0; i < kFeatures; ++i) {
-      double rest = target_[i] + kHold * center[i];
-      for (size_t j = 0; j < kFeatures; ++j) rest -= j == i ? 0 : normal_[i][j] * theta_[j];
-      theta_[i] = std::max(0.0, rest / (normal_[i][i] + kHold));
+      const double own = normal_[i][i], next = std::max(0.0, (left[i] + own * theta_[i]) / (own + kHold)), by = next - theta_[i];
+      if (by == 0) continue;
+      theta_[i] = next;
+      for (size_t j = 0; j < kFeatures; ++j) left[j] -= by * normal_[i][j];
     }
   }
 }
