@@ -129,7 +129,12 @@ where there is no target. adapter: None is the base. reason: empty, or why there
   add_repr(eval, {"job_id", "adapter", "version", "loss", "num_targets", "reason"});
 
   py::class_<StepResult> step(m, "StepResult", "What one step made: tokens, and the requests and jobs that ended.");
-  step.def_readonly("tokens", &StepResult::tokens)
+  step.def_property_readonly("tokens",
+                             [](const StepResult& r) {  // copies: views into the result would each have to keep it alive
+                               py::typing::List<TokenEvent> list;
+                               for (const TokenEvent& e : r.tokens) list.append(py::cast(e, py::return_value_policy::copy));
+                               return list;
+                             })
       .def_readonly("finished", &StepResult::finished)
       .def_readonly("trained", &StepResult::trained)
       .def_readonly("evaluated", &StepResult::evaluated)
