@@ -2,7 +2,7 @@
 // device goes from one to the other without waiting for the host, or for what the caller does with the tokens.
 //
 // Its rows are the tokens that are being sampled: their ids are taken on the device, and the planner has a place for them
-// (expect_token). A request that turns out to have ended has a row too many, whose result is dropped; its pages may go to another
+// (expect_tokens). A request that turns out to have ended has a row too many, whose result is dropped; its pages may go to another
 // one, whose rows come later in the order of the device. What cannot be known yet is not run ahead: requests with penalties (they
 // read all tokens before), steps with prompts or training. A step is launched ahead as late as the host's share of it allows, so
 // that a request which arrives before then is in the next step as ever.
@@ -25,24 +25,15 @@ constexpr double kEarlySeconds = 3e-4;  // and so much more
 // `plan` was launched at `begin`, and `done` is reached when its results are on the host.
 void Engine::Impl::launch_ahead(const Plan& plan, const StepBatch& batch, double begin, uint64_t done) {
   Core& c = *core;
-  if (!goes_ahead || !batch.decode || !c.jobs.empty() || c.micro || !plan.completed_jobs.empty()) return;
-  std::unordered_map<int64_t, int32_t> awaited;  // head rows by request
-  for (size_t h = 0; h < batch.heads.size(); ++h) {
-    const int64_t id = plan.segments[static_cast<size_t>(batch.heads[h].segment)].id;
-    const auto found = c.requests.find(id);
-    if (found == c.requests.end()) continue;  // ended meanwhile
-    const Request& r = found->second;
-    if (reads_history(r.sampling)) return;
-    if (std::ssize(r.result.token_ids) + 1 < r.max_new_tokens) awaited.emplace(id, static_cast<int32_t>(h));
-  }
-  if (awaited.empty() || !waits_to_go_ahead(plan, begin, done)) return;
+  if (!goes_ahead || !batch.decode || batch.reads_history || !c.jobs.empty() || c.micro || !plan.completed_jobs.empty()) return;
+  if (!c.planner.goes_on() || !waits_to_go_ahead(plan, begin, done)) return;
 
   const double planning = now();
   const double end = std::max(planning, begin + plan.predicted);
   if (!c.committed) commit(plan, {.now = end});
-  for (const auto& [id, head] : awaited) c.planner.expect_token(id);
+  c.planner.expect_tokens();
   budget.now = end;
-  const Plan next = c.planner.plan(budget);
+  Plan next = c.planner.plan(budget);
   note_preempted(next);
   bool launched = false;
   const Finally close([&] {
@@ -50,14 +41,14 @@ void Engine::Impl::launch_ahead(const Plan& plan, const StepBatch& batch, double
   });
   try {
     mark("planned ahead");
-    launched = launch_behind(next, batch, awaited);
+    launched = launch_behind(plan, batch, next);
   } catch (const DeviceError&) {
     throw;
   } catch (const std::exception&) {  // whatever it was, the next step meets it and says so
   }
   if (!launched) return;
   ahead_seconds = now() - planning;
-  if (trace) trace->event("ahead", planning, now(), {{"rows", double(next.total_rows())}});
+  if (trace) trace->event("ahead", planning, now(), {{"rows", double(c.ahead->plan.total_rows())}});
 }
 
 // Sleeps until the step is nearly over; false when something came in meanwhile, which the next plan is to know of.
@@ -70,25 +61,44 @@ bool Engine::Impl::waits_to_go_ahead(const Plan& plan, double begin, uint64_t do
   return inbox.empty();
 }
 
-// False, and nothing was launched: the step has other rows than decodes, or needs an adapter that is not in the pool.
-bool Engine::Impl::launch_behind(const Plan& next, const StepBatch& batch, const std::unordered_map<int64_t, int32_t>& awaited) {
+// For each segment of `next` the head row of the step under way that samples its last token, or -1. Both are in the order of rows,
+// so each search goes on where the one before it ended.
+std::vector<int32_t> Engine::Impl::awaited_heads(const Plan& plan, const StepBatch& batch, const Plan& next) {
+  std::vector<int32_t> heads(next.segments.size(), -1);
+  const size_t count = batch.heads.size();
+  size_t at = 0;
+  for (size_t i = 0; i < heads.size(); ++i) {
+    for (size_t looks = 0; looks < count; ++looks, at = at + 1 == count ? 0 : at + 1) {
+      if (plan.segments[static_cast<size_t>(batch.heads[at].segment)].id != next.segments[i].id) continue;
+      heads[i] = static_cast<int32_t>(at);
+      break;
+    }
+  }
+  return heads;
+}
+
+// Takes `next` when it is launched behind `plan`. False, and nothing was launched: the step has other rows than decodes, or needs
+// an adapter that is not in the pool.
+bool Engine::Impl::launch_behind(const Plan& plan, const StepBatch& batch, Plan& next) {
   Core& c = *core;
   Device& device = c.ops->device();
   const bool decodes = next.rows[3] > 0 && next.rows[3] == next.total_rows();
   if (!decodes || next.forward_slices > 0 || next.backward_slices > 0 || !next.completed_jobs.empty()) return false;
-  const WeightTableOfStep weights = weights_of(next);
   StepAhead step;
-  step.plan = next;
-  for (const auto& [use, w] : weights) step.pinned.push_back(w);
-  if (!std::ranges::all_of(step.pinned, [](const auto& w) { return w->resident(); })) return false;
+  WeightTableOfStep weights;
+  std::vector<int32_t> awaited;
   StepContext context = context_of(weights);
-  context.awaited = &awaited;
   device.wait(c.uploaded);  // the tables on the host may be written again
-  step.batch = build_step(next, context, c.metadata, c.ahead_results);
-  if (!step.batch.decode) return false;
-  reserve_step(next, step.batch);
-  c.pool.pin(step.pinned);
-  Finally unpin([&] { c.pool.unpin(step.pinned); });
+  if (!advance_step(plan, batch, next, c.planner, options.page_size, c.metadata, c.ahead_results, step.batch)) {
+    weights = weights_of(next);
+    if (!std::ranges::all_of(weights, [](const auto& entry) { return entry.second->resident(); })) return false;
+    context.awaited = awaited = awaited_heads(plan, batch, next);
+    step.batch = build_step(next, context, c.metadata, c.ahead_results);
+    if (!step.batch.decode) return false;
+    reserve_step(next, step.batch);
+  }
+  c.pool.pin(step.batch.weights);
+  Finally unpin([&] { c.pool.unpin(step.batch.weights); });
   note_rows(next, now());
   c.metadata.upload();
   c.uploaded = device.record();
@@ -103,6 +113,7 @@ bool Engine::Impl::launch_behind(const Plan& next, const StepBatch& batch, const
   step.work = std::exchange(c.work, work);
   step.serving_share = std::exchange(c.serving_share, share);
   c.stats.steps_ahead += 1;
+  step.plan = std::move(next);
   unpin.dismiss();
   c.ahead = std::move(step);
   return true;
@@ -112,7 +123,7 @@ bool Engine::Impl::launch_behind(const Plan& next, const StepBatch& batch, const
 void Engine::Impl::finish_ahead() {
   Core& c = *core;
   const StepAhead step = *std::exchange(c.ahead, std::nullopt);
-  const Finally unpin([&] { c.pool.unpin(step.pinned); });
+  const Finally unpin([&] { c.pool.unpin(step.batch.weights); });
   std::swap(c.results, c.ahead_results);
   c.committed = true;
   c.apart.reset();
@@ -129,7 +140,7 @@ void Engine::Impl::finish_ahead() {
 void Engine::Impl::drop_ahead() {
   if (!core || !core->ahead) return;
   core->ops->device().wait(core->ahead->mark);
-  core->pool.unpin(core->ahead->pinned);
+  core->pool.unpin(core->ahead->batch.weights);
   core->ahead.reset();
 }
 

@@ -34,10 +34,12 @@ class Blob {
   // Empties it and makes room for `bytes`; pointers given out before are dead.
   void begin(size_t bytes) {
     used_ = 0;
+    ++filling_;
     if (host_.bytes() >= bytes) return;
     device_->synchronize();  // a step under way may still use what it outgrows
     reserve(bytes + bytes / 2);
   }
+  uint64_t filling() const { return filling_; }  // which it is
   size_t device_bytes() const { return device_->host_addressable() ? host_.bytes() : remote_.bytes(); }
 
   template <class T>
@@ -68,6 +70,7 @@ class Blob {
   Buffer host_;
   Buffer remote_;
   size_t used_ = 0;
+  uint64_t filling_ = 0;
 };
 
 }  // namespace loquetier

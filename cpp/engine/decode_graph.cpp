@@ -71,51 +71,66 @@ LoraGroups DecodeGraphs::bounds(const LoraGroups& groups, const DecodeShape& sha
   return out;
 }
 
+template <class F>
+bool DecodeGraphs::replayed(Kept& kept, size_t most_kept, const Key& key, int record_at, F work) {
+  const auto [found, first] = kept.entries.try_emplace(key);
+  Entry& entry = found->second;
+  if (first) {
+    entry.place = kept.order.insert(kept.order.end(), key);
+    if (kept.entries.size() > most_kept) {
+      const auto oldest = kept.entries.find(kept.order.front());
+      counts_.kept -= oldest->second.graph != nullptr;
+      kept.entries.erase(oldest);
+      kept.order.pop_front();
+    }
+  } else {
+    kept.order.splice(kept.order.end(), kept.order, entry.place);
+  }
+  if (!entry.graph && replay && entry.uses + 1 >= record_at) {
+    const auto begin = std::chrono::steady_clock::now();
+    entry.graph = ops_.capture(work);
+    if (entry.graph) {
+      counts_.capture_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+      ++counts_.captures;
+      ++counts_.kept;
+    } else {  // this backend, or this process, records nothing
+      enabled_ = false;
+      clear();
+      work();
+      return false;
+    }
+  }
+  const bool recorded = entry.graph != nullptr;
+  if (recorded) entry.graph->launch();
+  else work();
+  ++entry.uses;
+  return recorded;
+}
+
 void DecodeGraphs::run(const BatchView& batch, const DecodeShape& shape, KvCache& kv, const Arena& scratch) {
   if (const size_t workspace = ops_.workspace_bytes(); workspace != workspace_) {
     clear();
     workspace_ = workspace;
   }
-  const Key key = {shape, batch.ids, scratch.data()};
-  const auto found = entries_.find(key);
-  if (found != entries_.end() && found->second.graph) {
-    order_.splice(order_.end(), order_, found->second.place);
-    found->second.graph->launch();
-    ++counts_.replays;
-    return;
-  }
-  BatchView view = batch;
-  view.groups = bounds(batch.groups, shape);
-  if (found == entries_.end() || !replay) {
+  const Key key = {.shape = shape, .tables = batch.ids, .scratch = scratch.data()};
+  counts_.replays += replayed(layers_, most, key, 2, [&] {
+    BatchView view = batch;
+    view.groups = bounds(batch.groups, shape);
     model_.decode_layers(view, kv, scratch);
-    if (found != entries_.end()) return;
-    if (entries_.size() >= most) {
-      counts_.kept -= entries_.at(order_.front()).graph != nullptr;
-      entries_.erase(order_.front());
-      order_.pop_front();
-    }
-    entries_[key].place = order_.insert(order_.end(), key);
-    return;
-  }
-  const auto begin = std::chrono::steady_clock::now();
-  found->second.graph = ops_.capture([&] { model_.decode_layers(view, kv, scratch); });
-  if (!found->second.graph) {  // this backend, or this process, records nothing
-    enabled_ = false;
-    clear();
-    model_.decode_layers(view, kv, scratch);
-    return;
-  }
-  counts_.capture_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  ++counts_.captures;
-  ++counts_.kept;
-  order_.splice(order_.end(), order_, found->second.place);
-  found->second.graph->launch();
-  ++counts_.replays;
+  });
+}
+
+void DecodeGraphs::run_heads(const BatchView& batch, const DecodeShape& shape, bool plain, Arena& scratch) {
+  constexpr int kSteadySteps = 8;
+  const auto work = [&] { model_.decode_heads(batch, scratch); };
+  if (!plain) return work();
+  const Key key = {shape, batch.head_rows, scratch.data(), batch.head_count, batch.sampled};
+  replayed(heads_, most_heads, key, kSteadySteps, work);
 }
 
 void DecodeGraphs::clear() {
-  entries_.clear();
-  order_.clear();
+  layers_ = {};
+  heads_ = {};
   counts_.kept = 0;
 }
 

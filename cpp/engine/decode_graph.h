@@ -3,8 +3,8 @@
 // What is in a graph is fixed when it is recorded: addresses, grids, counts. So such a step is laid out by buckets (DecodeShape):
 // rows, pages and groups are padded with entries that do nothing (a row without a slot, a sequence of no rows, a group without an
 // adapter), and the tables lie at the same places for the same shape. What launches are sized by is not the batch but the largest
-// one of its shape (bounds of DecodeGraphs), so adapters, ranks and their mix may change between replays. The heads, whose options
-// differ from row to row, are launched as ever.
+// one of its shape (bounds of DecodeGraphs), so adapters, ranks and their mix may change between replays. The heads are a graph of
+// their own, for the very number of rows, where every row is sampled from its logits alone; else they are launched as ever.
 #pragma once
 
 #include <compare>
@@ -57,30 +57,44 @@ class DecodeGraphs {
   // All layers of a batch laid out by `shape`; its tables are uploaded. The same shape with tables and scratch at the same place is
   // recorded at its second occurrence: by then everything that is made at first use is there.
   void run(const BatchView& batch, const DecodeShape& shape, KvCache& kv, const Arena& scratch);
+  // Then the heads. plain: what is launched depends on nothing but the number of rows and where tables and results lie. Recorded
+  // when that was so in some steps: with requests that come and go it changes often, and a recording costs as much as it saves in
+  // a few.
+  void run_heads(const BatchView& batch, const DecodeShape& shape, bool plain, Arena& scratch);
   void clear();
   const Counts& counts() const { return counts_; }
   bool replay = true;  // false: the same launches without a graph (tests)
-  size_t most = 64;    // graphs kept, the least recently used goes first; each takes some hundred KiB of device memory
+  size_t most = 64;    // graphs of layers kept, the least recently used goes first; each takes some hundred KiB of device memory
+  size_t most_heads = 32;
 
  private:
   struct Key {
     DecodeShape shape;
     const void* tables = nullptr;
     const void* scratch = nullptr;
+    int32_t heads = 0;              // of heads: how many rows
+    const void* results = nullptr;  // and where their results go
     auto operator<=>(const Key&) const = default;
   };
   struct Entry {
     std::unique_ptr<StepGraph> graph;
+    int uses = 0;
     std::list<Key>::iterator place;  // in order of use
   };
+  struct Kept {
+    std::map<Key, Entry> entries;
+    std::list<Key> order;  // least recently used first
+  };
   LoraGroups bounds(const LoraGroups& groups, const DecodeShape& shape);
+  // Launches `work`, by a graph of it from use number record_at on: then true.
+  template <class F>
+  bool replayed(Kept& kept, size_t most_kept, const Key& key, int record_at, F work);
 
   Ops& ops_;
   const Model& model_;
   bool enabled_;
   size_t workspace_ = 0;  // when it grows, its addresses have changed
-  std::map<Key, Entry> entries_;
-  std::list<Key> order_;  // least recently used first
+  Kept layers_, heads_;
   Counts counts_;
   std::vector<LoraGroup> bound_groups_;
   std::vector<LoraSite> bound_sites_;

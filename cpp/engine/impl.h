@@ -47,8 +47,7 @@ using Command = std::variant<Request, Job, CancelCommand, RemoveCommand>;
 // A step of decodes that was planned and launched while the one before it ran; the planner takes it for done.
 struct StepAhead {
   Plan plan;
-  StepBatch batch;  // its results are in Core::ahead_results
-  std::vector<std::shared_ptr<AdapterWeights>> pinned;
+  StepBatch batch;  // its results are in Core::ahead_results, its weights are pinned
   StepWork work;
   double serving_share = 0;
   uint64_t mark = 0;  // of the device, behind it
@@ -188,7 +187,8 @@ struct Engine::Impl {
   bool goes_ahead = false;  // the device works while the host does something else
   void launch_ahead(const Plan& plan, const StepBatch& batch, double begin, uint64_t done);
   bool waits_to_go_ahead(const Plan& plan, double begin, uint64_t done);
-  bool launch_behind(const Plan& next, const StepBatch& batch, const std::unordered_map<int64_t, int32_t>& awaited);
+  static std::vector<int32_t> awaited_heads(const Plan& plan, const StepBatch& batch, const Plan& next);
+  bool launch_behind(const Plan& plan, const StepBatch& batch, Plan& next);
   void finish_ahead();
   void drop_ahead();
 

@@ -47,6 +47,8 @@ void Engine::Impl::note_rows(const Plan& plan, double begin) {
     if (s.kind == Kind::train || s.kind == Kind::eval) {
       if (s.id != last) note_job(s.id);
       last = s.id;
+    } else if (s.kind == Kind::decode) {  // had rows of its prompt
+      continue;
     } else if (const auto r = c.requests.find(s.id); r != c.requests.end() && r->second.first_row < 0) {
       r->second.first_row = begin;
     }

@@ -304,7 +304,7 @@ void Engine::Impl::run_forward(const Plan& plan, StepBatch& batch, const StepCon
   Arena saved(c.saved_storage.data(), c.saved_storage.bytes());
   if (batch.decode) {
     c.graphs.run(view, *batch.decode, c.kv, scratch);
-    c.model.decode_heads(view, scratch);
+    c.graphs.run_heads(view, *batch.decode, batch.tables.plain, scratch);
   } else if (view.train_rows > 0 && slice_rows > 0) {
     run_chunk(plan, batch, context, scratch, outcome);
   } else {
@@ -427,39 +427,38 @@ void Engine::Impl::complete_jobs(const std::vector<int64_t>& completed, const St
 void Engine::Impl::collect_tokens(const Plan& plan, const StepBatch& batch) {
   Core& c = *core;
   c.events.tokens.reserve(c.events.tokens.size() + batch.heads.size() - static_cast<size_t>(batch.sample_begin));
+  const double when = now();
   for (size_t i = static_cast<size_t>(batch.sample_begin); i < batch.heads.size(); ++i) {
     const Segment& s = plan.segments[static_cast<size_t>(batch.heads[i].segment)];
     const auto found = c.requests.find(s.id);
     if (found == c.requests.end()) continue;  // ended while this step was under way
     Request& r = found->second;
-    TokenEvent event;
+    if (std::isnan(batch.logprob.host[i])) {
+      finish_request(s.id, FinishReason::error, "the model's logits are not finite");
+      continue;
+    }
+    TokenEvent& event = c.events.tokens.emplace_back();
     event.request_id = s.id;
     event.index = static_cast<int64_t>(r.result.token_ids.size());
     event.token_id = batch.sampled.host[i];
     event.logprob = batch.logprob.host[i];
     event.adapter = r.result.adapter;
     event.version = s.version;
-    if (std::isnan(event.logprob)) {
-      finish_request(s.id, FinishReason::error, "the model's logits are not finite");
-      continue;
-    }
     const size_t row = (i - static_cast<size_t>(batch.sample_begin)) * static_cast<size_t>(batch.top_columns);
-    for (int n = 0; n < r.sampling.logprobs; ++n) {
+    for (int n = 0; batch.top_columns > 0 && n < r.sampling.logprobs; ++n) {
       event.top_logprobs.push_back(
           {batch.top_ids.host[row + static_cast<size_t>(n)], batch.top_logprobs.host[row + static_cast<size_t>(n)]});
     }
-    r.last_token = now();
-    if (r.first_token < 0) r.first_token = r.last_token;
+    r.last_token = when;
+    if (r.first_token < 0) r.first_token = when;
     r.result.token_ids.push_back(event.token_id);
     r.result.logprobs.push_back(event.logprob);
     const bool stop = std::ranges::find(r.stop_ids, event.token_id) != r.stop_ids.end();
     const bool full = event.index + 1 >= r.max_new_tokens;
     event.finish_reason = stop ? FinishReason::stop : full ? FinishReason::length : FinishReason::none;
     c.stats.generated_tokens += 1;
-    const FinishReason reason = event.finish_reason;
-    c.events.tokens.push_back(std::move(event));
-    if (reason == FinishReason::none) c.planner.append_token(s.id, r.result.token_ids.back());
-    else finish_request(s.id, reason);
+    if (event.finish_reason == FinishReason::none) c.planner.append_token(s.id, event.token_id);
+    else finish_request(s.id, event.finish_reason);
   }
 }
 

@@ -28,6 +28,24 @@ struct Sampling {
   std::vector<int32_t> forbidden;
 };
 
+void carve_results(StepBatch& step, size_t samples, Blob& out) {
+  BatchView& view = step.view;
+  const auto heads = static_cast<size_t>(view.head_count), columns = static_cast<size_t>(step.top_columns);
+  step.logprob = out.take<float>(heads);
+  step.loss = out.take<float>(heads);
+  step.sampled = out.take<int32_t>(heads);
+  step.top_ids = out.take<int32_t>(samples * columns);
+  step.top_logprobs = out.take<float>(samples * columns);
+  step.norms = out.take<float>(step.update_jobs.size());
+  view.logprob = step.logprob.device;
+  view.loss = step.loss.device;
+  view.sampled = step.sampled.device;
+  if (columns == 0) return;
+  const auto n = static_cast<int64_t>(samples);
+  view.top_ids = matrix(step.top_ids.device, DType::i32, n, step.top_columns);
+  view.top_logprobs = matrix(step.top_logprobs.device, DType::f32, n, step.top_columns);
+}
+
 class Builder {
  public:
   Builder(const Plan& plan, const StepContext& context) : plan_(plan), context_(context) {
@@ -35,7 +53,9 @@ class Builder {
     for (size_t i = 0; i < plan.segments.size(); ++i) {
       const Segment& s = plan.segments[i];
       count_[static_cast<int>(s.kind)] += 1;
-      if (!packed(s)) requests_[i] = {&context.requests.at(s.id), context.planner.tokens(s.id), context.planner.pages(s.id)};
+      if (packed(s)) continue;
+      const Planner::Sequence sequence = context.planner.sequence(s.id);
+      requests_[i] = {&context.requests.at(s.id), sequence.tokens, sequence.pages};
     }
   }
 
@@ -56,8 +76,15 @@ class Builder {
     pack_heads(in);
     pack_updates(in);
     pack_awaited(in);
+    step_.tables.filling = in.filling();
+    step_.tables.plain = sampling_.history.empty() && sampling_.bias_ids.empty() && sampling_.forbidden.empty() &&
+                         step_.top_columns == 0 && step_.sample_begin == 0 &&
+                         std::ranges::all_of(view().chunks, [](const HeadChunk& chunk) { return chunk.groups.count == 0; });
+    if (step_.decode) {
+      for (const auto& [use, weights] : context_.weights) step_.weights.push_back(weights);
+    }
     out.begin(results_bytes(n));
-    carve_results(out);
+    carve_results(step_, static_cast<size_t>(n.samples), out);
     return std::move(step_);
   }
 
@@ -143,6 +170,7 @@ class Builder {
     row.index = static_cast<int64_t>(tokens.size()) - r.prompt_length;
     row.history_begin = static_cast<int32_t>(sampling_.history.size());
     if (reads_history(p)) {
+      step_.reads_history = true;
       sampling_.history.insert(sampling_.history.end(), tokens.begin(), tokens.end());
       row.prompt_length = static_cast<int32_t>(r.prompt_length);
       row.output_length = static_cast<int32_t>(row.index);
@@ -216,6 +244,8 @@ class Builder {
       ids.host[row] = positions.host[row] = 0;
       slots.host[row] = -1;
     }
+    step_.tables.positions = positions.host;
+    step_.tables.slots = slots.host;
     view().ids = step_.ids = ids.device;
     view().positions = positions.device;
     view().kv_slots = slots.device;
@@ -269,6 +299,8 @@ class Builder {
       if (!packed(s)) put(s.row_begin, s.rows, s.position + s.rows, requests_[at].pages);
     }
     while (i < n) put(static_cast<int32_t>(i), 0, 0, {});  // of a graph's layout: no rows
+    step_.tables.kv_len = kv_len.host;
+    step_.tables.page_table = table.host;
     p.row_begin = begin.device;
     p.rows = rows.device;
     p.kv_len = kv_len.device;
@@ -395,6 +427,7 @@ class Builder {
       head_keys = keys.device;
     }
     const auto sample_rows = in.put(sampling_.rows.data(), sampling_.rows.size());
+    step_.tables.sampling = sample_rows.host;
     const auto history = in.put(sampling_.history.data(), sampling_.history.size());
     const auto bias_ids = in.put(sampling_.bias_ids.data(), sampling_.bias_ids.size());
     const auto bias_values = in.put(sampling_.bias_values.data(), sampling_.bias_values.size());
@@ -441,32 +474,15 @@ class Builder {
 
   // Behind all that a graph reads, whose places do not depend on it.
   void pack_awaited(Blob& in) {
-    if (!context_.awaited) return;
+    if (context_.awaited.empty()) return;
     const auto rows = in.take<int32_t>(static_cast<size_t>(view().rows));
     std::fill_n(rows.host, view().rows, -1);
-    for (const Segment& s : plan_.segments) {
-      const auto found = context_.awaited->find(s.id);
-      if (found != context_.awaited->end()) rows.host[s.row_begin + s.rows - 1] = found->second;
+    for (size_t i = 0; i < plan_.segments.size(); ++i) {
+      const Segment& s = plan_.segments[i];
+      rows.host[s.row_begin + s.rows - 1] = context_.awaited[i];
     }
+    step_.tables.awaited = rows.host;
     step_.awaited = rows.device;
-  }
-
-  void carve_results(Blob& out) {
-    const auto heads = static_cast<size_t>(view().head_count), samples = sampling_.rows.size(),
-               columns = static_cast<size_t>(step_.top_columns);
-    step_.logprob = out.take<float>(heads);
-    step_.loss = out.take<float>(heads);
-    step_.sampled = out.take<int32_t>(heads);
-    step_.top_ids = out.take<int32_t>(samples * columns);
-    step_.top_logprobs = out.take<float>(samples * columns);
-    step_.norms = out.take<float>(step_.update_jobs.size());
-    view().logprob = step_.logprob.device;
-    view().loss = step_.loss.device;
-    view().sampled = step_.sampled.device;
-    if (columns == 0) return;
-    const auto n = static_cast<int64_t>(samples);
-    view().top_ids = matrix(step_.top_ids.device, DType::i32, n, step_.top_columns);
-    view().top_logprobs = matrix(step_.top_logprobs.device, DType::f32, n, step_.top_columns);
   }
 
   const Plan& plan_;
@@ -518,6 +534,36 @@ BatchCounts most_counts(int64_t rows, int64_t sequences, int64_t pages, int64_t 
 
 StepBatch build_step(const Plan& plan, const StepContext& context, Blob& in, Blob& out) {
   return Builder(plan, context).build(in, out);
+}
+
+bool advance_step(const Plan& plan, const StepBatch& batch, const Plan& next, const Planner& planner, int32_t page_size, Blob& in,
+                  Blob& out, StepBatch& step) {
+  const DecodeTables& tables = batch.tables;
+  if (!batch.decode || !tables.plain || !tables.awaited || tables.filling != in.filling()) return false;
+  const auto follows = [](const Segment& s, const Segment& before) {
+    return s.id == before.id && s.adapter == before.adapter && s.version == before.version && s.position == before.position + 1;
+  };
+  if (!std::ranges::equal(next.segments, plan.segments, follows)) return false;
+  const int32_t width = batch.decode->pages;
+  for (size_t i = 0; i < next.segments.size(); ++i) {
+    const Segment& s = next.segments[i];
+    tables.positions[i] = s.position;
+    tables.kv_len[i] = s.position + 1;
+    tables.sampling[i].index += 1;
+    tables.awaited[i] = static_cast<int32_t>(i);
+    if (!s.new_pages) {
+      tables.slots[i] += 1;
+      continue;
+    }
+    const std::span<const int32_t> pages = planner.pages(s.id);
+    if (std::ssize(pages) > width) return false;
+    std::ranges::copy(pages, tables.page_table + i * static_cast<size_t>(width));
+    tables.slots[i] = pages[static_cast<size_t>(s.position / page_size)] * page_size + s.position % page_size;
+  }
+  step = batch;
+  out.begin(results_bytes({.heads = static_cast<size_t>(step.view.head_count)}));
+  carve_results(step, static_cast<size_t>(step.view.head_count), out);
+  return true;
 }
 
 }  // namespace loquetier

@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <unordered_map>
 #include <vector>
 
@@ -33,8 +34,9 @@ struct StepContext {
   int32_t max_rank = 0;               // of one projection
   int32_t head_chunk = kHeadSlice;    // rows of a vocabulary product with a loss
   int32_t most_graph_rows = 0;        // steps of decodes alone up to this bucket are laid out for a graph; 0: none
-  // By request: the head row, of the step under way, that samples its last token. That token is not known yet.
-  const std::unordered_map<int64_t, int32_t>* awaited = nullptr;
+  // Beside the plan's segments, or empty: the head row of the step under way that samples the segment's last token, which is not
+  // known yet, or -1.
+  std::span<const int32_t> awaited = {};
 };
 
 // Whether its tokens depend on all of those before, and not on the last one alone.
@@ -46,14 +48,29 @@ struct HeadRef {
   int32_t index = 0;
 };
 
+// The tables of a step of decodes on the host, to be written on for the next step of the same ones.
+struct DecodeTables {
+  uint64_t filling = 0;  // of the blob that they lie in
+  int32_t* positions = nullptr;
+  int32_t* slots = nullptr;
+  int32_t* kv_len = nullptr;
+  int32_t* page_table = nullptr;
+  SampleRow* sampling = nullptr;
+  int32_t* awaited = nullptr;  // null: every id was known
+  bool plain = false;          // tokens are sampled from logits alone: no words, no log-probabilities of others, no adapter there
+};
+
 struct StepBatch {
   BatchView view;
   std::optional<DecodeShape> decode;  // the layout, when it is by buckets
   int32_t* ids = nullptr;             // view.ids
   const int32_t* awaited = nullptr;  // [view.rows] device: head row of the step under way that samples the row's id, or -1; or null
-  std::vector<HeadRef> heads;        // [view.head_count]
-  int64_t largest_chunk = 0;         // rows of the largest of view.chunks
-  int32_t sample_begin = 0;          // first head row that samples
+  DecodeTables tables;
+  std::vector<std::shared_ptr<AdapterWeights>> weights;  // of the plan's adapters, with `decode`
+  bool reads_history = false;                            // the sampling of some row depends on all tokens before
+  std::vector<HeadRef> heads;                            // [view.head_count]
+  int64_t largest_chunk = 0;                             // rows of the largest of view.chunks
+  int32_t sample_begin = 0;                              // first head row that samples
   int32_t first_loss = 0;            // first head row whose loss is still to be taken: those before were in an earlier step
   std::vector<int64_t> update_jobs;  // jobs of plan.completed_jobs that end with an optimizer step, in order
   AdamBatch updates;                 // one AdamJob per entry of update_jobs
@@ -85,5 +102,10 @@ BatchCounts most_counts(int64_t rows, int64_t sequences, int64_t pages, int64_t 
 
 // Fills `in` (metadata, not yet uploaded) and carves `out` (results).
 StepBatch build_step(const Plan& plan, const StepContext& context, Blob& in, Blob& out);
+// The same for `next`, planned behind `plan` whose step is under way, when it has the very decodes of that one with a token more
+// each: most of the tables stay as they are. False, and they have to be built, when it has not, or when they are not in `in` any
+// more.
+bool advance_step(const Plan& plan, const StepBatch& batch, const Plan& next, const Planner& planner, int32_t page_size, Blob& in,
+                  Blob& out, StepBatch& step);
 
 }  // namespace loquetier

@@ -19,8 +19,9 @@ struct Segment {
   int64_t version = 0;   // of the adapter, for this step
   int32_t row_begin = 0;
   int32_t rows = 0;
-  int32_t position = 0;  // of the first row; > 0 in a later chunk of a prompt or of a training example
-  bool samples = false;  // the last row's logits make a token (decode, and the chunk that ends a prompt)
+  int32_t position = 0;   // of the first row; > 0 in a later chunk of a prompt or of a training example
+  bool samples = false;   // the last row's logits make a token (decode, and the chunk that ends a prompt)
+  bool new_pages = true;  // of a request: its page table is not that of its last step
 };
 
 struct AdapterUse {

@@ -137,7 +137,11 @@ void Planner::append_token(int64_t request, int32_t token) {
   require_closed(state_->open, "append_token");
   PlannedRequest& r = state_->find_request(request, "append_token");
   if (!r.awaits) {
-    state_->add_token(r, token, "append_token");
+    require<std::logic_error>(r.state == RequestState::decoding && r.computed == r.length(), "[planner] append_token: request ",
+                              r.id, " did not sample in the last step");
+    require(r.length() < r.token_limit, "[planner] append_token: request ", r.id, " has all its ", r.token_limit - r.prompt_tokens,
+            " tokens");
+    r.tokens.push_back(token);
     return;
   }
   r.tokens.back() = token;
@@ -145,19 +149,18 @@ void Planner::append_token(int64_t request, int32_t token) {
   if (r.computed / state_->config.page_size > r.cached_pages) state_->cache_full_pages(r);
 }
 
-void Planner::expect_token(int64_t request) {
-  require_closed(state_->open, "expect_token");
-  PlannedRequest& r = state_->find_request(request, "expect_token");
-  state_->add_token(r, 0, "expect_token");
-  r.awaits = true;
+bool Planner::goes_on() const {
+  return std::ranges::any_of(state_->running,
+                             [](const PlannedRequest* r) { return r->remaining() == 0 && r->length() + 1 < r->token_limit; });
 }
 
-void Planner::State::add_token(PlannedRequest& r, int32_t token, const char* caller) {
-  require<std::logic_error>(r.state == RequestState::decoding && r.computed == r.length(), "[planner] ", caller, ": request ", r.id,
-                            " did not sample in the last step");
-  require(r.length() < r.token_limit, "[planner] ", caller, ": request ", r.id, " has all its ", r.token_limit - r.prompt_tokens,
-          " tokens");
-  r.tokens.push_back(token);
+void Planner::expect_tokens() {
+  require_closed(state_->open, "expect_tokens");
+  for (PlannedRequest* r : state_->running) {
+    if (r->computed != r->length() || r->length() + 1 >= r->token_limit) continue;
+    r->tokens.push_back(0);
+    r->awaits = true;
+  }
 }
 
 // ---------------------------------------------------------------- steps
@@ -237,6 +240,7 @@ std::vector<int64_t> Planner::State::commit(const Plan& plan, const StepOutcome&
     }
     r->computed += r->planned;
     r->planned = 0;
+    r->new_pages = false;
     r->last_served = clock;
     if (!r->awaits && r->computed / config.page_size > r->cached_pages) cache_full_pages(*r);
     if (r->state == RequestState::prefilling && r->computed == r->length()) {
@@ -293,6 +297,7 @@ void Planner::State::leave_running(PlannedRequest& r) {
 }
 
 void Planner::State::release_pages(PlannedRequest& r, size_t keep) {
+  r.new_pages |= r.pages.size() > keep;
   for (; r.pages.size() > keep; r.pages.pop_back()) cache.release(r.pages.back());
   r.cached_pages = std::min(r.cached_pages, static_cast<int64_t>(keep));
 }
@@ -305,15 +310,19 @@ void Planner::State::cache_full_pages(PlannedRequest& r) {
   for (; r.cached_pages < r.computed / config.page_size; ++r.cached_pages) {
     const auto i = static_cast<size_t>(r.cached_pages);
     const int32_t parent = i == 0 ? PrefixCache::kRoot : r.pages[i - 1];
-    r.pages[i] = cache.insert(r.adapter->id, r.version().version, parent,
-                              std::span<const int32_t>(r.tokens).subspan(i * size, size), r.pages[i]);
+    const int32_t page = cache.insert(r.adapter->id, r.version().version, parent,
+                                      std::span<const int32_t>(r.tokens).subspan(i * size, size), r.pages[i]);
+    r.new_pages |= page != r.pages[i];
+    r.pages[i] = page;
   }
 }
 
 // ---------------------------------------------------------------- queries
 
-std::span<const int32_t> Planner::tokens(int64_t request) const { return state_->find_request(request, "tokens").tokens; }
-std::span<const int32_t> Planner::pages(int64_t request) const { return state_->find_request(request, "pages").pages; }
+Planner::Sequence Planner::sequence(int64_t request) const {
+  const PlannedRequest& r = state_->find_request(request, "sequence");
+  return {r.tokens, r.pages};
+}
 int32_t Planner::pending_backward_slices() const { return state_->training.backward_slices_left(); }
 bool Planner::has_work() const { return !state_->requests.empty() || !state_->training.empty(); }
 

@@ -148,13 +148,21 @@ class Planner {
   void abort(const Plan& plan);
   // A token was sampled for a running request (after commit of the step that made it), or the one that was expected is there.
   void append_token(int64_t request, int32_t token);
-  // The token that the last step samples is on its way, and the request does not end with it: the next plan may have its row. Until
-  // append_token() the request's last token stands for it, and a page that it fills is not an entry of the prefix cache.
-  void expect_token(int64_t request);
+  // Whether some request that samples in the last plan, open or committed, goes on after that token.
+  bool goes_on() const;
+  // After commit: the tokens that the last step samples are on their way, and the next plan may have the rows of the requests that
+  // do not end with them by their limit. Until append_token() a request's last token stands for it, and a page that it fills is not
+  // an entry of the prefix cache.
+  void expect_tokens();
 
-  std::span<const int32_t> tokens(int64_t request) const;  // prompt and generated
-  std::span<const int32_t> pages(int64_t request) const;   // page table, in order of position
-  int32_t pending_backward_slices() const;                 // of the micro-batch in flight, its forward complete; 0: none
+  struct Sequence {
+    std::span<const int32_t> tokens;  // prompt and generated
+    std::span<const int32_t> pages;   // page table, in order of position
+  };
+  Sequence sequence(int64_t request) const;
+  std::span<const int32_t> tokens(int64_t request) const { return sequence(request).tokens; }
+  std::span<const int32_t> pages(int64_t request) const { return sequence(request).pages; }
+  int32_t pending_backward_slices() const;  // of the micro-batch in flight, its forward complete; 0: none
   // Adapters that the next steps will want and this plan does not use, most urgent first, at most `count`: decodes that were passed
   // over, prompts next in turn, training and evaluation next in turn. May be asked of an open plan.
   std::vector<AdapterUse> upcoming_adapters(size_t count) const;

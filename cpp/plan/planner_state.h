@@ -83,7 +83,6 @@ struct Planner::State {
   void finish(PlannedRequest& request);
   void check_invariants() const;
   PlannedRequest& find_request(int64_t id, const char* caller);
-  void add_token(PlannedRequest& request, int32_t token, const char* caller);
   void cache_full_pages(PlannedRequest& request);
 
  private:

@@ -21,39 +21,40 @@ enum class RequestState : uint8_t {
 };
 
 struct PlannedRequest {
+  // What every step of a running request reads or writes, close together.
   int64_t id = 0;
   PlannedAdapter* adapter = nullptr;
   AdapterVersion* pinned = nullptr;  // held
-  bool pin_version = false;          // pin at the first commit
+  RequestState state = RequestState::waiting;
+  bool pin_version = false;     // pin at the first commit
+  bool awaits = false;          // the last of the tokens is not known yet: a place for it
+  bool new_pages = true;        // the pages are not those of its last step
+  bool page_due = false;        // of the open plan: a decode that needs one more page and has not got it
+  bool admitted_now = false;    // of the open plan
+  int64_t planned = 0;          // of the open plan: rows
+  int64_t computed = 0;         // tokens whose keys and values are in the pages
+  std::vector<int32_t> tokens;  // prompt and generated
+  std::vector<int32_t> pages;   // in order of position
+  size_t pages_before = 0;      // of the open plan
+  int64_t cached_pages = 0;     // the first pages, which are entries of the prefix cache
+  int64_t token_limit = 0;      // prompt and generated
+  uint64_t last_served = 0;     // clock
+  uint64_t turn = 0;            // number of its last decode, over all requests: lowest is next when not all fit
+  double first_token = -1;      // when it came, seconds; < 0: not yet
+  double last_token = -1;
+  double due = 0;  // when the next one is, with a goal; valid from the first token on
+
   bool use_prefix_cache = true;
   bool aged = false;  // got in because its priority was passed over: pre-empted after all others, so that it ends
+  bool reject_late = false;
   int priority = 0;
   uint64_t arrival = 0;
   int64_t prompt_tokens = 0;
-  int64_t token_limit = 0;  // prompt and generated
-  double deadline = -1;     // of the first token, seconds; < 0: none
-  bool reject_late = false;
-  double first_token = -1;  // when it came, seconds; < 0: not yet
-  double last_token = -1;
-  double due = 0;  // when the next one is, with a goal; valid from the first token on
-  RequestState state = RequestState::waiting;
-  std::vector<int32_t> tokens;                 // prompt and generated
-  bool awaits = false;                         // the last of them is not known yet: a place for it
-  std::vector<int32_t> pages;                  // in order of position
-  int64_t computed = 0;                        // tokens whose keys and values are in the pages
-  uint64_t last_served = 0;                    // clock
-  uint64_t turn = 0;                           // number of its last decode, over all requests: lowest is next when not all fit
+  double deadline = -1;                        // of the first token, seconds; < 0: none
   uint64_t pinned_epoch = 0;                   // of the adapter when `pinned` was its newest version; 0: never known
   uint64_t kv_epoch = 0;                       // of the adapter when the first of these pages were computed
-  int64_t cached_pages = 0;                    // the first pages, which are entries of the prefix cache
   std::list<PlannedRequest*>::iterator place;  // in its queue, while waiting or prefilling
-
-  // Of the open plan.
-  int64_t planned = 0;     // rows
-  int64_t hit_tokens = 0;  // of the prefix cache, when admitted in this plan
-  size_t pages_before = 0;
-  bool admitted_now = false;
-  bool page_due = false;  // a decode that needs one more page and has not got it
+  int64_t hit_tokens = 0;                      // of the prefix cache, when admitted in the open plan
 
   AdapterVersion& version() const { return pinned ? *pinned : *adapter->newest; }
   int64_t length() const { return static_cast<int64_t>(tokens.size()); }

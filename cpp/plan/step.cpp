@@ -147,6 +147,7 @@ bool Planner::State::serve_decode(PlannedRequest& r) {
   if (r.page_due) {
     if (!make_page(r)) return false;
     r.pages.push_back(cache.allocate());
+    r.new_pages = true;
     r.page_due = false;
     --decode_pages;
   }
@@ -284,6 +285,7 @@ Planner::State::Serve Planner::State::extend_chunk(PlannedRequest& r, int64_t ma
   limits.take_rows(rows);
   for (int64_t missing = pages_for(begin + rows) - static_cast<int64_t>(r.pages.size()); missing > 0; --missing) {
     r.pages.push_back(cache.allocate());
+    r.new_pages = true;
     --prompt_pages;
   }
   r.planned += rows;
@@ -308,6 +310,7 @@ Planner::State::Serve Planner::State::admit(PlannedRequest& r, bool aged) {
   if (pages_for(r.length()) - hits > room - match.idle) return Serve::no_pages;
   for (const int32_t page : match.pages) cache.retain(page);
   r.pages = std::move(match.pages);
+  r.new_pages = true;
   r.cached_pages = hits;
   r.computed = r.hit_tokens = hits * config.page_size;
   r.pages_before = 0;
@@ -376,7 +379,8 @@ Plan Planner::State::emit() {
                                .row_begin = plan.total_rows(),
                                .rows = static_cast<int32_t>(r->planned),
                                .position = static_cast<int32_t>(r->computed),
-                               .samples = r->remaining() == 0});
+                               .samples = r->remaining() == 0,
+                               .new_pages = r->new_pages});
       plan.rows[static_cast<size_t>(kind)] += static_cast<int32_t>(r->planned);
       if (version.adapter->id >= 0 && version.listed != serial) {
         version.listed = serial;

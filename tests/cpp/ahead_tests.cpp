@@ -77,6 +77,41 @@ TEST(a_stream_of_decodes_is_launched_ahead) {
   CHECK(answers[0] == answers[1]);
 }
 
+// Steps of the same decodes write on in the tables of the one before: beside engines that build them anew each time, with equal
+// prompts, so that full pages are exchanged for those of the prefix cache, and ends in between.
+TEST(steady_decodes_write_on_in_their_tables) {
+  Answers answers[2];
+  for (const bool ahead : {false, true}) {
+    Lazy lazy(small_options(), ahead);
+    lazy->add_adapter("a", lora(8, 1));
+    lazy->add_adapter("b", lora(4, 2));
+    std::mt19937 random(3);
+    const std::vector<int32_t> prompt = tokens(random, 6);
+    for (int i = 0; i < 8; ++i) {
+      InferOptions request = infer(i < 3 ? "a" : i < 6 ? "b" : "", i == 4 ? 12 : 40 + i);
+      request.sampling.temperature = i == 7 ? 1 : 0;
+      request.sampling.min_tokens = i == 2 ? 5 : 0;
+      request.sampling.stop_token_ids = {static_cast<int32_t>(i)};
+      lazy->submit_infer(i == 5 ? tokens(random, 9) : prompt, request);
+    }
+    Seen seen;
+    uint64_t filling = 0;
+    int written_on = 0;
+    while (lazy->has_work()) {
+      take(seen, lazy->step());
+      lazy.planner().check_invariants();
+      const uint64_t now = lazy.impl().core->metadata.filling();
+      written_on += now == filling;
+      filling = now;
+    }
+    answers[ahead] = seen.answers;
+    if (ahead) CHECK(written_on > 20);
+    else CHECK_EQ(written_on, 0);
+  }
+  CHECK_EQ(answers[0].size(), 8u);
+  CHECK(answers[0] == answers[1]);
+}
+
 TEST(random_traffic_answers_as_without) {
   const uint32_t seed = static_cast<uint32_t>(std::strtoul(option("--seed", "1").c_str(), nullptr, 10));
   std::cout << "seed " << seed << "\n";

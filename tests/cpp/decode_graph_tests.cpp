@@ -155,6 +155,51 @@ TEST(every_number_of_sequences_around_a_bucket) {
   }
 }
 
+TEST(heads_of_steady_decodes_are_replayed_too) {
+  std::vector<std::vector<int32_t>> answers[2];
+  for (bool replay : {false, true}) {
+    EngineOptions options = small_options();
+    Hosted hosted(options);
+    hosted->add_adapter("a", lora(8, 1));
+    graphs_of(hosted).replay = replay;
+    std::mt19937 random(2);
+    for (int i = 0; i < 5; ++i) {
+      InferOptions request = infer(i % 2 ? "a" : "", 40 + 5 * i);
+      request.sampling.temperature = i % 3;
+      request.sampling.top_k = 7;
+      request.sampling.seed = 3;
+      hosted->submit_infer(tokens(random, 3 + i), request);
+    }
+    Outcome outcome;
+    int64_t fewest = 1000;
+    while (hosted->has_work()) {
+      const int64_t calls = hosted.ops->calls, ahead = hosted->stats().steps_ahead;
+      take(outcome, hosted->step());
+      if (hosted->stats().steps_ahead > ahead) fewest = std::min(fewest, hosted.ops->calls - calls);
+    }
+    for (const auto& [id, r] : outcome.requests) answers[replay].push_back(r.token_ids);
+    if (!replay) continue;
+    CHECK_EQ(fewest, 1);  // takes its tokens
+    // An adapter of the head, log-probabilities of others or words: launched, for what is launched depends on them.
+    hosted->add_adapter("head", lora(4, 2, {"lm_head"}));
+    for (int kind = 0; kind < 3; ++kind) {
+      InferOptions request = infer(kind == 0 ? "head" : "", 40);
+      if (kind == 1) request.sampling.logprobs = 2;
+      if (kind == 2) request.sampling.logit_bias = {{5, 1.0}};
+      hosted->submit_infer({1, 2, 3}, request);
+      fewest = 1000;
+      while (hosted->has_work()) {
+        const int64_t calls = hosted.ops->calls, ahead = hosted->stats().steps_ahead;
+        hosted->step();
+        if (hosted->stats().steps_ahead > ahead) fewest = std::min(fewest, hosted.ops->calls - calls);
+      }
+      CHECK(fewest >= 4);
+    }
+  }
+  CHECK_EQ(answers[0].size(), 5u);
+  CHECK(answers[0] == answers[1]);
+}
+
 TEST(replays_beside_a_backward_in_slices) {
   std::vector<std::vector<int32_t>> answers[2];
   std::vector<double> losses[2];
