@@ -17,6 +17,11 @@ struct Heads {
   std::vector<int32_t> rows;  // of the batch
   std::vector<LossRow> loss_rows;
   int32_t train = 0, logprob = 0;  // how many of each kind; the rest sample
+  void reserve(size_t n) {
+    refs.reserve(n);
+    rows.reserve(n);
+    loss_rows.reserve(n);
+  }
 };
 
 // Sampling arrays, one entry per row to sample.
@@ -126,6 +131,9 @@ class Builder {
     }
     heads_.logprob = static_cast<int32_t>(heads_.refs.size()) - heads_.train;
     step_.sample_begin = static_cast<int32_t>(heads_.refs.size());
+    const auto samples = static_cast<size_t>(std::ranges::count(plan_.segments, true, &Segment::samples));
+    heads_.reserve(heads_.refs.size() + samples);
+    sampling_.rows.reserve(samples);
     for (size_t i = 0; i < plan_.segments.size(); ++i) {
       const Segment& s = plan_.segments[i];
       if (!s.samples) continue;
