@@ -7,7 +7,7 @@
 // of its tile, and adds up its part of them in a fixed order.
 //
 // With adapters (linear_decode_lora.cuh) the ring carries as much of W as it holds, the block's share of all A and more of W in
-// turns, the rest of W, and the tile's rows of B. The sums of the shrink cross between the blocks while W passes; four more warps
+// turns, the rest of W, and the tile's rows of B. The sums of the shrink cross between the blocks while W passes; three more warps
 // list the adapters at the start and bring s to shared memory for the expand, which adds to the same registers as W's product. A
 // launch without adapters has a kernel of its own: it runs from a cold instruction cache, and so a third of the code starts sooner.
 //
@@ -99,9 +99,9 @@ struct DecodeArgs {
   AdapterArgs lora;
 };
 
-// What a block does: tiles first, first + step, …, of k the pieces [begin, end), of the groups' expand [from(), to()).
+// What a block does: tiles first, first + step, …, of k the pieces [begin, end), the expand of the rows [from, to).
 struct Share {
-  int split, splits, first, step, tiles, begin, end;
+  int split, splits, first, step, tiles, begin, end, from, to;
 
   __device__ explicit Share(const DecodeArgs& a)
       : split(static_cast<int>(blockIdx.x) % a.splits),
@@ -112,10 +112,10 @@ struct Share {
     const int all = (a.k + kK - 1) / kK;
     begin = all * split / splits;
     end = all * (split + 1) / splits;
+    from = a.rows * split / splits;
+    to = a.rows * (split + 1) / splits;
   }
   __device__ int pieces() const { return end - begin; }
-  __device__ int from(const Adapters& all) const { return all.count * split / splits; }
-  __device__ int to(const Adapters& all) const { return all.count * (split + 1) / splits; }
 };
 
 // How the pieces of A are shared out, and which of them are this block's.
@@ -192,7 +192,7 @@ __device__ inline void fetch_stages(const CUtensorMap& w_map, const CUtensorMap&
   __syncwarp();
   at = ring.at(order.count());
   for (int tile = share.first;;) {
-    if constexpr (kLora) fetch_b(all, part_of(a.lora.call, tile, a.height), a.height, share.from(all), share.to(all), ring, at);
+    if constexpr (kLora) fetch_b(all, part_of(a.lora.call, tile, a.height), a.height, share.from, share.to, ring, at);
     tile += share.step;
     if (tile >= a.tiles) return;
 #pragma unroll 1
@@ -206,7 +206,7 @@ __device__ inline void fetch_stages(const CUtensorMap& w_map, const CUtensorMap&
   }
 }
 
-// The warps beside it: a list of the adapters, the pieces of A (a warp takes every fourth, 16 bytes a lane: bulk copies of rows as
+// The warps beside it: a list of the adapters, the pieces of A (a warp takes every third, 16 bytes a lane: bulk copies of rows as
 // short as these are issued one lane at a time, and measured three times slower), and s of every tile's part.
 template <class T, int kM, int kRows>
 __device__ inline void help(const DecodeArgs& a, const Share& share, Adapters& all, Ring& ring, uint32_t staging) {
@@ -256,7 +256,7 @@ __device__ inline void help(const DecodeArgs& a, const Share& share, Adapters& a
   for (int tile = share.first; tile < a.tiles; tile += share.step) {
     named_barrier(kStagingFree, kConsumers + kHelpers);
     const TilePart part = part_of(a.lora.call, tile, a.height);
-    add_up_s<T>(a.lora, all, own, part.part, share.from(all), share.to(all), a.rows, part.column == 0, staging, S::s_stride);
+    add_up_s<T>(a.lora, all, own, part.part, share.from, share.to, part.column == 0, staging, S::s_stride);
     named_barrier_arrive(kSumsReady, kConsumers + kHelpers);
   }
 }
@@ -318,9 +318,7 @@ __device__ inline void expand(Ring& ring, Cursor& at, uint32_t s, float (&sum)[k
   for (bool last = false; !last; ring.next(at)) {
     ring.wait_full(at);
     const ExpandStage& stage = ring.expand[at.place];
-    const int count = stage.count;
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) warps.add(stage.units[i], ring.address(at), w_row, s, S::s_stride, sum);
+    warps.add(stage, ring.address(at), w_row, s, S::s_stride, sum);
     last = stage.last;
     ring.release(at.place);
   }

@@ -6,11 +6,12 @@
 // until the mark is there, and adds up in the order of the blocks.
 //
 // Expand, y += scale s B^T. A tile's rows of an adapter's B are adjacent in memory; a stage holds the rows of several adapters, or
-// a share of one's when its rank is large. The splits of a tile share out the groups. The products go to registers of their own and
-// are added to the rows of the group alone: what is not finite stays in its rows.
+// a share of one's when its rank is large. The splits of a tile share out the rows of the batch. The products go to registers of
+// their own and are added to the rows of the group alone: what is not finite stays in its rows.
 #pragma once
 
 #include <cstddef>
+#include <utility>
 
 #include "linear_decode.h"
 #include "lora.cuh"
@@ -21,7 +22,9 @@ namespace loquetier::cuda {
 
 constexpr int kTaskRows = 8, kTaskRanks = 16, kTaskSums = kTaskRows * kTaskRanks;
 static_assert(kTaskSums * sizeof(uint64_t) == kDecodeTask);
-constexpr int kHelpers = 4 * kWarp;              // threads that list the adapters and add up s
+// Threads that list the adapters and add up s. With one warp more there are 13, four of them on a quarter of the processor, and
+// then 128 registers a thread in place of 168, which the expand does not fit.
+constexpr int kHelpers = 3 * kWarp;
 constexpr uint64_t kLaunch = uint64_t{1} << 20;  // what all blocks of a launch together add to the counter
 
 // The groups of the batch that have rows and ranks here, in the order of their rows.
@@ -209,16 +212,16 @@ __device__ inline TilePart part_of(const LoraCall& call, int tile, int height) {
   return {part, column, min(height, static_cast<int>(call.out[part]) - column)};
 }
 
-// s of one part for the rows of groups [from, to) into shared memory, `stride` bytes a row, as soon as the blocks that have shares
+// s of one part for the rows [from, to) into shared memory, `stride` bytes a row, as soon as the blocks that have shares
 // of it have laid them down; and to a.s when this block is to write it. By the helpers.
 template <class T>
 __device__ inline void add_up_s(const AdapterArgs& a, const Adapters& all, const ShrinkShares& shares, int part, int from, int to,
-                                int rows, bool write, uint32_t s, int stride) {
+                                bool write, uint32_t s, int stride) {
   const int thread = static_cast<int>(threadIdx.x) % kHelpers;
 #pragma unroll 1
-  for (int row = thread / 4; row < rows; row += kHelpers / 4) {
+  for (int row = from + thread / 4; row < to; row += kHelpers / 4) {
     const int of = all.owner[row];
-    if (of < from || of >= to) continue;
+    if (of < 0) continue;
     const Adapters::Group& group = all.of[of];
     const int rank = group.site.part[part].rank, chunks = (group.ranks + kTaskRanks - 1) / kTaskRanks, in = row - group.row;
     int first_column = 0;
@@ -261,36 +264,46 @@ __device__ inline void add_up_s(const AdapterArgs& a, const Adapters& all, const
   }
 }
 
-// Rows of one group's B in a stage.
-struct alignas(16) ExpandUnit {
+// Rows of one group's B in a stage, times s of those of its rows that lie in one block of 8.
+struct alignas(16) ExpandItem {
   float scale;
   uint32_t place;  // in the stage, in bytes
   int16_t rank;
-  int16_t w_row;      // of the tile, the first one
-  int16_t w_rows;     // the place has room for
-  uint8_t row, rows;  // of the group, in the batch
+  int16_t w_row;        // of the tile, the first one
+  int16_t w_rows;       // the place has room for
+  uint8_t block, mask;  // of 8 rows of the batch, and which of them
 };
-constexpr int kMostUnits = 8;
+constexpr int kMostUnits = 8;  // groups in a stage
+// Each has an item, and one more for every block of 8 rows, of 8 in all, that it reaches into.
+constexpr int kMostItems = kMostUnits + static_cast<int>(kMaxDecodeRows) / 8;
 struct ExpandStage {
-  ExpandUnit units[kMostUnits];
+  ExpandItem items[kMostItems];
   int count;
-  bool last;  // of the tile; it may have no unit
+  bool last;  // of the tile; it may have no item
 };
 
-// The rows of B that a tile needs of groups [from, to), in units that fit a stage, into the stages from `at` on. By one warp: a
-// lane finds its group, then its unit, and the units of a stage are asked for together.
+// The rows of B that a tile needs for rows [from, to) of the batch, in units that fit a stage, into the stages from `at` on. By one
+// warp: a lane finds its group, then its unit, and the units of a stage are asked for together.
 template <class Ring, class Cursor>
 __device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int height, int from, int to, Ring& ring, Cursor& at) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  for (int base = from; base == from || base < to; base += kWarp) {
+  int first_group = 0, groups = 0;  // the first one with rows here, and behind the last one
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int i = half * kWarp + lane;
+    const bool real = i < all.count;
+    first_group += __popc(__ballot_sync(kAll, real && all.of[i].row + all.of[i].rows <= from));
+    groups += __popc(__ballot_sync(kAll, real && from < to && all.of[i].row < to));
+  }
+  for (int base = first_group; base == first_group || base < groups; base += kWarp) {
     LoraPart matrix;
     int row = 0, rows = 0;
-    if (base + lane < to) {
+    if (base + lane < groups) {
       const Adapters::Group& group = all.of[base + lane];
       matrix = group.site.part[tile.part];
-      row = group.row;
-      rows = group.rows;
+      row = max(group.row, from);
+      rows = min(group.row + group.rows, to) - row;
     }
     const int room = matrix.rank > 0 ? min(height, ring.bytes / (2 * matrix.rank) / 16 * 16) : 0;  // rows of B of a unit
     const int units = matrix.rank > 0 ? (tile.rows + room - 1) / room : 0, end = warp_prefix_sum(units),
@@ -302,19 +315,16 @@ __device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int he
         if (__shfl_sync(kAll, end, of + step - 1) <= first + lane) of += step;
       const int rank = __shfl_sync(kAll, matrix.rank, of), unit_rows = __shfl_sync(kAll, room, of),
                 begin = (first + lane - __shfl_sync(kAll, end - units, of)) * unit_rows;
-      const ExpandUnit unit = {__shfl_sync(kAll, matrix.scale, of),
-                               0,
-                               static_cast<int16_t>(rank),
-                               static_cast<int16_t>(begin),
-                               static_cast<int16_t>(unit_rows),
-                               static_cast<uint8_t>(__shfl_sync(kAll, row, of)),
-                               static_cast<uint8_t>(__shfl_sync(kAll, rows, of))};
+      const int rows_begin = __shfl_sync(kAll, row, of), rows_end = rows_begin + __shfl_sync(kAll, rows, of),
+                items = (rows_end + 7) / 8 - rows_begin / 8, items_end = warp_prefix_sum(items);
+      const float scale = __shfl_sync(kAll, matrix.scale, of);
       const auto b = reinterpret_cast<const uint16_t*>(__shfl_sync(kAll, reinterpret_cast<uint64_t>(matrix.b), of)) +
                      int64_t{tile.column + begin} * rank;
       const int here = min(kWarp, total - first), bytes = lane < here ? unit_rows * rank * 2 : 0, sum = warp_prefix_sum(bytes);
       int done = 0;
       do {
-        const int before = done > 0 ? __shfl_sync(kAll, sum, done - 1) : 0;
+        const int before = done > 0 ? __shfl_sync(kAll, sum, done - 1) : 0,
+                  items_before = done > 0 ? __shfl_sync(kAll, items_end, done - 1) : 0;
         const bool fits = lane >= done && lane < min(here, done + kMostUnits) && sum - before <= ring.bytes;
         const int count = __popc(__ballot_sync(kAll, fits));
         const int size = fits ? min(unit_rows, tile.rows - begin) * rank * 2 : 0, copied = warp_sum(size);
@@ -322,15 +332,24 @@ __device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int he
         async_fence();  // a piece of A may have been there
         ExpandStage& stage = ring.expand[at.place];
         if (fits) {
-          ExpandUnit& to_unit = stage.units[lane - done];
-          to_unit = unit;
-          to_unit.place = static_cast<uint32_t>(sum - bytes - before);
-          bulk_load(ring.address(at) + to_unit.place, b, static_cast<uint32_t>(size), ring.full[at.place], kStreamOnce);
+          const auto place = static_cast<uint32_t>(sum - bytes - before);
+          for (int j = 0; j < items; ++j) {
+            const int block = rows_begin / 8 + j, low = max(rows_begin - 8 * block, 0), high = min(rows_end - 8 * block, 8);
+            stage.items[items_end - items - items_before + j] = {scale,
+                                                                 place,
+                                                                 static_cast<int16_t>(rank),
+                                                                 static_cast<int16_t>(begin),
+                                                                 static_cast<int16_t>(unit_rows),
+                                                                 static_cast<uint8_t>(block),
+                                                                 static_cast<uint8_t>((1 << high) - (1 << low))};
+          }
+          bulk_load(ring.address(at) + place, b, static_cast<uint32_t>(size), ring.full[at.place], kStreamOnce);
         }
         done += count;
+        const int items_here = done > 0 ? __shfl_sync(kAll, items_end, done - 1) - items_before : 0;
         if (lane == 0) {
-          stage.count = count;
-          stage.last = base + kWarp >= to && first + kWarp >= total && done >= here;
+          stage.count = items_here;
+          stage.last = base + kWarp >= groups && first + kWarp >= total && done >= here;
         }
         __syncwarp();
         if (lane == 0) barrier_expect(ring.full[at.place], static_cast<uint32_t>(copied));
@@ -341,69 +360,81 @@ __device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int he
 }
 
 // The expand of a warp: products go to registers of their own, and from there to the sums of W's product whenever the block of 8
-// rows of the batch changes (the units are in the order of their rows). Those sums lie as the sums of m16n8k16 do: of block j,
-// sum[m][4 j .. 4 j + 3].
+// rows of the batch changes (the items are in the order of their rows). Those sums lie as the sums of m16n8k16 do: of block j,
+// sum[m][4 j .. 4 j + 3]. What takes time is the instructions (without them 64 adapters took 25 us a layer less, without the bytes
+// of B 2 us, when there were twice as many), so what an item needs is worked out by the warp that fetches.
 template <class T, int kM, int kRows>
 struct Expand {
   float more[kM][4] = {};
   int block = 0;
 
-  // The rows of W of fragment m begin at w_row[m] of the tile.
-  __device__ void add(const ExpandUnit& unit, uint32_t stage, const int (&w_row)[kM], uint32_t s, int s_stride,
+  // All items of a stage. The rows of W of fragment m begin at w_row[m] of the tile.
+  __device__ void add(const ExpandStage& of, uint32_t stage, const int (&w_row)[kM], uint32_t s, int s_stride,
                       float (&sum)[kM][kRows / 2]) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
-    const int rank = unit.rank, begin = unit.row, end = begin + unit.rows;
-    bool real[kM];
-    uint32_t b[kM];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      const int row = w_row[m] - unit.w_row;
-      real[m] = row >= 0 && row < unit.w_rows;
-      b[m] = stage + unit.place + static_cast<uint32_t>((real[m] ? row + g : g) * rank * 2);  // not real: anything of the stage
-    }
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4, count = of.count;
+    const uint32_t s_lane = s + static_cast<uint32_t>(g * s_stride);
+    ExpandItem next = of.items[0];
 #pragma unroll 1
-    for (int j = begin / 8; 8 * j < end; ++j) {
-      if (j != block) flush(sum);
-      block = j;
+    for (int i = 0; i < count; ++i) {
+      const ExpandItem item = next;
+      next = of.items[min(i + 1, kMostItems - 1)];
+      const int rank = item.rank;
+      const uint32_t row_bytes = static_cast<uint32_t>(rank) * 2, s_row = s_lane + item.block * static_cast<uint32_t>(8 * s_stride);
+      uint32_t b[kM];
+      unsigned mask[kM];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        const int row = w_row[m] - item.w_row;
+        const bool real = static_cast<unsigned>(row) < static_cast<unsigned>(item.w_rows);
+        b[m] = stage + item.place + static_cast<uint32_t>((real ? row : 0) + g) * row_bytes;  // not real: anything of the stage
+        mask[m] = real ? item.mask >> 2 * q : 0;
+      }
       float c[kM][4] = {};
 #pragma unroll 1
-      for (int r = 0; r < rank; r += 16) {
-        const int k = min(r + 4 * q, rank - 4);
-        uint2 n = load_shared8(s + static_cast<uint32_t>((8 * j + g) * s_stride + k * 2));
-        if (r + 4 * q >= rank) n = {0, 0};
+      for (int r = 4 * q; r - 4 * q < rank; r += 16) {
+        const uint32_t k = static_cast<uint32_t>(min(r, rank - 4)) * 2;
+        uint2 n = load_shared8(s_row + k), low[kM], high[kM];
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          const uint2 low = load_shared8(b[m] + static_cast<uint32_t>(k * 2)),
-                      high = load_shared8(b[m] + static_cast<uint32_t>(k * 2 + 16 * rank));
-          multiply<T>(c[m], low.x, high.x, low.y, high.y, n.x, n.y);
+          low[m] = load_shared8(b[m] + k);
+          high[m] = load_shared8(b[m] + k + 8 * row_bytes);
         }
+        if (r >= rank) n = {0, 0};
+#pragma unroll
+        for (int m = 0; m < kM; ++m) multiply<T>(c[m], low[m].x, high[m].x, low[m].y, high[m].y, n.x, n.y);
       }
-      const int row = 8 * j + 2 * q;
+      if (item.block != block) flush(sum);
+      block = item.block;
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        if (row + odd < begin || row + odd >= end) continue;
+      for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          if (!real[m]) continue;
-          more[m][odd] += unit.scale * c[m][odd];
-          more[m][2 + odd] += unit.scale * c[m][2 + odd];
+        for (int odd = 0; odd < 2; ++odd) {
+          if ((mask[m] >> odd & 1) == 0) continue;
+          more[m][odd] += item.scale * c[m][odd];
+          more[m][2 + odd] += item.scale * c[m][2 + odd];
         }
       }
     }
   }
 
   __device__ void flush(float (&sum)[kM][kRows / 2]) {
-#pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {  // no branches: the compiler would make an index of them, and sum an array in memory
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sum[m][4 * j + e] += j == block ? more[m][e] : 0.0f;
-      }
-    }
+    flush_block(sum, std::make_integer_sequence<int, kRows / 8>());
 #pragma unroll
     for (auto& part : more)
       for (float& v : part) v = 0;
+  }
+  // No index: sum would become an array in memory.
+  template <int... kBlocks>
+  __device__ void flush_block(float (&sum)[kM][kRows / 2], std::integer_sequence<int, kBlocks...>) {
+    ((kBlocks == block ? flush_one<kBlocks>(sum) : void()), ...);
+  }
+  template <int kBlock>
+  __device__ void flush_one(float (&sum)[kM][kRows / 2]) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[m][4 * kBlock + e] += more[m][e];
+    }
   }
 };
 
