@@ -131,6 +131,8 @@ class CudaOps final : public Ops {
                    TensorView y) override;
   void linear_lora_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
                             TensorView dx) override;
+  void linear_lora_swiglu_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
+                                   TensorView gate_up, TensorView h) override;
   // The ways of linear_lora and linear_lora_backward with many rows, s and ds being there already; the benchmark compares them.
   // Base and LoRA as one product. False: does not fit, nothing was done.
   bool linear_lora_fused(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,

@@ -103,9 +103,9 @@ FusedLinear::FusedLinear(CudaDevice& device, DType dtype, TensorMaps& maps, bool
     : device_(device), dtype_(dtype), maps_(maps), e_(device) {
   device_.use();
   if (deterministic) return;  // then never asked
-  for (const bool backward : {false, true}) {
-    clusters_[backward] = dtype_ == DType::bf16 ? fused_clusters_bf16(backward) : fused_clusters_f16(backward);
-    clusters_[backward] = std::min(clusters_[backward], kFusedClusters);
+  for (const FusedKind kind : kFusedKinds) {
+    const int clusters = dtype_ == DType::bf16 ? fused_clusters_bf16(kind) : fused_clusters_f16(kind);
+    clusters_[static_cast<int>(kind)] = std::min(clusters, kFusedClusters);
   }
   sums_ = Buffer(device_, static_cast<size_t>(device_.processors()) * kFusedSumsOfProcessor);
   device_.zero(sums_.data(), sums_.bytes());  // the flags
@@ -113,24 +113,32 @@ FusedLinear::FusedLinear(CudaDevice& device, DType dtype, TensorMaps& maps, bool
 
 int32_t FusedLinear::forward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView bias,
                              TensorView s, TensorView y) {
-  return run(false, linear, groups, x, w, bias.data, s, y);
+  return run(FusedKind::forward, linear, groups, x, w, bias.data, s, y);
 }
 
 int32_t FusedLinear::backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds,
                               TensorView dx) {
-  return run(true, linear, groups, dy, w, nullptr, ds, dx);
+  return run(FusedKind::backward, linear, groups, dy, w, nullptr, ds, dx);
 }
 
-int32_t FusedLinear::run(bool backward, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,
-                         TensorView s, TensorView y) {
+bool FusedLinear::swiglu_backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds,
+                                  TensorView gate_up, TensorView h) {
+  return run(FusedKind::swiglu_backward, linear, groups, dy, w, nullptr, ds, h, gate_up) >= 0;
+}
+
+int32_t FusedLinear::run(FusedKind kind, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,
+                         TensorView s, TensorView y, TensorView gate_up) {
+  const bool backward = kind != FusedKind::forward;
+  const int most = clusters_[static_cast<int>(kind)];
   int32_t taken = groups.count;
   while (taken > 0 &&
          (site_of(groups.host_groups[taken - 1], linear) == nullptr || groups.host_groups[taken - 1].rows < kLargeGroup))
     --taken;
+  if (kind == FusedKind::swiglu_backward && taken < groups.count) return -1;
   groups.count = taken;
   FusedArgs args = {};
   FusedPackArgs pack = {};
-  if (clusters_[backward] == 0 || reinterpret_cast<uintptr_t>(bias) % 4 != 0 || !fast_layout(linear, groups, {x, w, y}) ||
+  if (most == 0 || reinterpret_cast<uintptr_t>(bias) % 4 != 0 || !fast_layout(linear, groups, {x, w, y, gate_up}) ||
       ceil_of(x.cols, kFusedDepth) > UINT16_MAX || !lay_out(backward, linear, groups, x.rows, args, pack))
     return -1;
   FusedTable& table = args.table;
@@ -140,6 +148,10 @@ int32_t FusedLinear::run(bool backward, const LoraLinear& linear, LoraGroups gro
   args.x = maps_.get(x, kFusedDepth, kFusedBox);
   args.w = maps_.get(w, kFusedDepth, backward ? kFusedDepth : kFusedColumns / kFusedPair);
   args.y = maps_.get(y, kFusedDepth, kFusedBox);
+  if (!gate_up.empty()) {
+    args.gate = maps_.get(gate_up.slice_cols(0, y.cols), kFusedDepth, kFusedBox);
+    args.up = maps_.get(gate_up.slice_cols(y.cols, y.cols), kFusedDepth, kFusedBox);
+  }
   args.bias = bias;
   args.columns = static_cast<int32_t>(y.cols);
   args.steps = static_cast<int32_t>(ceil_of(x.cols, kFusedDepth));
@@ -155,10 +167,10 @@ int32_t FusedLinear::run(bool backward, const LoraLinear& linear, LoraGroups gro
     pack.e = e;
     fused_pack(dtype_, pack, device_.stream());
   }
-  const int32_t clusters = fused_schedule(args, clusters_[backward]);
+  const int32_t clusters = fused_schedule(args, most);
   args.sums = static_cast<float*>(sums_.data());
   args.ready = reinterpret_cast<uint32_t*>(args.sums + int64_t{device_.processors()} * 2 * kFusedSums);
-  (dtype_ == DType::bf16 ? fused_product_bf16 : fused_product_f16)(args, backward, clusters, table.slots > 0, device_.stream());
+  (dtype_ == DType::bf16 ? fused_product_bf16 : fused_product_f16)(args, kind, clusters, table.slots > 0, device_.stream());
   return taken;
 }
 

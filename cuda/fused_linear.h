@@ -18,18 +18,22 @@ class FusedLinear {
   int32_t forward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView bias, TensorView s,
                   TensorView y);
   int32_t backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds, TensorView dx);
+  // The same, then with dh = dx: gate_up becomes its gradient, h the output of swiglu. All groups or, returning false, nothing.
+  // gate_up [T, 2 in]; h [T, in]
+  bool swiglu_backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds,
+                       TensorView gate_up, TensorView h);
   void reserve(size_t bytes) { e_.reserve(bytes); }  // CudaWorkspace::fused
   size_t workspace_bytes() const { return e_.bytes() + sums_.bytes(); }
 
  private:
-  int32_t run(bool backward, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,
-              TensorView s, TensorView y);
+  int32_t run(FusedKind kind, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,
+              TensorView s, TensorView y, TensorView gate_up = {});
   void encode_maps(bool backward, const LoraLinear& linear, const LoraGroups& groups, FusedArgs& args);
 
   CudaDevice& device_;
   DType dtype_;
   TensorMaps& maps_;
-  int clusters_[2] = {0, 0};  // that run at a time: forward, backward
+  int clusters_[std::size(kFusedKinds)] = {};  // that run at a time
   Scratch e_;
   Buffer sums_;  // FusedArgs::sums and ready
 };

@@ -319,6 +319,22 @@ bool CudaOps::linear_lora_backward_fused(TensorView dy, TensorView w, const Lora
   return true;
 }
 
+void CudaOps::linear_lora_swiglu_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups,
+                                          TensorView ds, TensorView gate_up, TensorView h) {
+  const char* op = "linear_lora_swiglu_backward";
+  expect(op, "dy", dy, dtype_, -1, columns_of(linear));
+  expect(op, "w", w, dtype_, columns_of(linear), linear.in);
+  expect(op, "gate_up", gate_up, dtype_, dy.rows, 2 * linear.in);
+  expect(op, "h", h, dtype_, dy.rows, linear.in);
+  if (!deterministic_ && groups.max_rank > 0 && many_rows(groups, dy.rows)) {
+    expect(op, "ds", ds, dtype_, dy.rows, -1);
+    require(ds.cols >= groups.max_rank, "[", op, "] ds: expected at least ", groups.max_rank, " columns, got ", ds.cols);
+    lora_call(op, linear, groups, dy.rows);  // for its checks
+    if (fused_linear_->swiglu_backward(linear, groups, dy, w, ds, gate_up, h)) return;
+  }
+  Ops::linear_lora_swiglu_backward(dy, w, linear, groups, ds, gate_up, h);
+}
+
 void CudaOps::linear_backward(TensorView dy, TensorView w, TensorView dx, bool accumulate) {
   expect("linear_backward", "dy", dy, dtype_, -1, -1);
   expect("linear_backward", "w", w, dtype_, dy.cols, -1);

@@ -1,5 +1,5 @@
 // The kernel of lora_fused.h: a persistent product of 128 x 256 tiles by TMA and wgmma, one warpgroup loading, two computing (64
-// rows each). Instantiated per dtype in lora_fused_bf16.cu and lora_fused_f16.cu, forward and backward; CUTLASS is used for its
+// rows each). Instantiated per dtype in lora_fused_bf16.cu and lora_fused_f16.cu, for each FusedKind; CUTLASS is used for its
 // instruction wrappers and shared-memory layouts alone.
 //
 // Barriers. full[stage] completes when the bytes of both operands are in, whoever sent them: half of w's tile comes from the other
@@ -11,6 +11,9 @@
 // Shared memory is laid out as the 128-byte swizzle of TMA leaves it, which is also what the descriptors of wgmma expect:
 //   A operand, and B operand forward   rows of 64 elements of k (128 bytes), 8-row atoms
 //   B operand backward                 blocks of 64 columns; in each 64 rows of k of 64 columns
+//
+// swiglu_backward: behind the steps of a tile come kSwigluSteps more, whose stages hold no operands but 64 columns of gate and up.
+// So these are read while the last products run. Their gradients and h take their places, leave from there, and the stage is free.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -41,6 +44,9 @@ constexpr int kOutside = 1 << 24;                  // a row or column past every
 constexpr int kBoxSize = kFusedBox * kFusedDepth;  // elements of 64 rows of A, or of 64 columns of B backward
 constexpr uint32_t kHalfStepBytes = (kFusedBox + kFusedColumns) * kFusedDepth * 2;
 constexpr int kAddAtATime = 16;  // 16-byte loads in flight of another cluster's sums
+constexpr int kSwigluSteps = kFusedColumns / kBlock;
+static_assert(kSwigluSteps == kStages);  // they end where they began, in the other phase
+constexpr int kSwigluAhead = 24;  // steps before the end of a tile at which gate and up begin to come to the L2, a box a step
 
 template <class T>
 struct Shared {
@@ -56,6 +62,8 @@ constexpr size_t kSharedBytes = sizeof(Shared<T>) + 1024;  // the base is rounde
 
 template <class T>
 using Element = std::conditional_t<std::is_same_v<T, bf16>, cutlass::bfloat16_t, cutlass::half_t>;
+
+constexpr bool backward(FusedKind kind) { return kind != FusedKind::forward; }
 
 template <class T, bool kBackward>
 struct Layouts {
@@ -113,10 +121,15 @@ __device__ inline void load_for_both(const CUtensorMap& map, uint64_t* barrier, 
                                          static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, column, row);
 }
 
+__device__ inline void fetch_ahead(const CUtensorMap& map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row) : "memory");
+}
+
 // One thread: all loads of this block.
-template <class T, bool kBackward>
+template <class T, FusedKind kKind>
 __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, int cluster, int clusters) {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
+  constexpr bool kBackward = backward(kKind), kSwiglu = kKind == FusedKind::swiglu_backward;
   Place place;
   int turn = 0;  // the warpgroup that computes the next tile of 64 rows
   for_each_piece(a, rank, cluster, clusters, [&](const FusedPiece& piece, const FusedWork& work) {
@@ -155,6 +168,9 @@ __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, 
         }
       }
       place.advance();
+      if (const int box = step - (a.steps - kSwigluAhead); kSwiglu && 0 <= box && box < 4 * kSwigluSteps) {
+        fetch_ahead(box % 2 == 0 ? a.gate : a.up, column + box / 4 * kBlock, work.row + box / 2 % 2 * kFusedBox);
+      }
     }
     if (work.half) turn ^= 1;
     if (piece.end < a.steps) return;
@@ -186,9 +202,36 @@ __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, 
         place.advance();
       }
     }
+    if constexpr (kSwiglu) {
+#pragma unroll 1
+      for (int block = 0; block < kSwigluSteps; ++block) {
+        Barrier::wait(&shared.empty[place.stage], place.phase ^ 1);
+        uint64_t* full = &shared.full[place.stage];
+        Barrier::arrive_and_expect_tx(full, (work.half ? 2 : 4) * kBoxSize * sizeof(T));
+        for (int box = 0; box < (work.half ? 1 : 2); ++box) {
+          const int at = a_place + box * kBoxSize, row = work.row + box * kFusedBox;
+          load(a.gate, full, shared.a[place.stage] + at, column + block * kBlock, row);
+          load(a.up, full, shared.b[place.stage] + at, column + block * kBlock, row);
+        }
+        place.advance();
+      }
+    }
   });
   wait_for_previous();  // the launch behind this one relies on both
   let_next_start();     // its blocks come where clusters end early
+}
+
+// 16 x 16 values of a warp as its sums lie: matrices of 8 x 8, below one another, then beside.
+__device__ inline void load_matrices(uint32_t from, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(from)
+               : "memory");
+}
+__device__ inline void store_matrices(uint32_t to, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]),
+               "r"(v[3])
+               : "memory");
 }
 
 // A warpgroup's 64 rows of a finished tile, 64 columns at a time: registers -> swizzled shared memory -> y, by TMA, which leaves
@@ -222,9 +265,8 @@ __device__ inline void store_tile(const FusedArgs& a, Shared<T>& shared, const S
         return pack2<T>(sums(i + j) + low_float<T>(bias[j / 4]), sums(i + j + 1) + high_float<T>(bias[j / 4]));
       };
       const uint32_t chunk = static_cast<uint32_t>((2 * pair + lane / 16) ^ (at % 8));
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(base + chunk * 16), "r"(two(0)),
-                   "r"(two(2)), "r"(two(4)), "r"(two(6))
-                   : "memory");
+      const uint32_t values[4] = {two(0), two(2), two(4), two(6)};
+      store_matrices(base + chunk * 16, values);
     }
     cute::tma_store_fence();  // TMA, another proxy, reads what these threads wrote
     barrier();
@@ -233,6 +275,72 @@ __device__ inline void store_tile(const FusedArgs& a, Shared<T>& shared, const S
       cute::tma_store_arrive();
     }
   }
+}
+
+// swiglu_backward: the sums are 64 rows of dh. `place` walks the stages that hold gate and up, 64 columns each; their gradients go
+// out from where they stood, h from the rest of the stage. Then the stage is released.
+template <class T, class Sums>
+__device__ inline void store_swiglu_gradient(const FusedArgs& a, Shared<T>& shared, const Sums& sums, Place place, int consumer,
+                                             int row, int column) {
+  using Barrier = cutlass::arch::ClusterBarrier;
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, warp = thread / kWarp, lane = thread % kWarp;
+  const int at = warp * 16 + lane % 16;  // as in store_tile
+  // The first warp, for all of them: they have passed a barrier since. `kUnderWay`: stores that may still be read.
+  const auto release = [&]<int kUnderWay>(int stage) {
+    if (thread == 0) cute::tma_store_wait<kUnderWay>();
+    __syncwarp();
+    Barrier::arrive(&shared.empty[stage], static_cast<uint32_t>(thread % kFusedPair), thread < kFusedPair * (kWarpgroup / kWarp));
+  };
+  int last = 0;
+#pragma unroll
+  for (int block = 0; block < kSwigluSteps; ++block) {
+    T* gate = shared.a[place.stage] + consumer * kBoxSize;
+    T* up = shared.b[place.stage] + consumer * kBoxSize;
+    T* h = shared.b[place.stage] + (kConsumers + consumer) * kBoxSize;
+    const uint32_t gate_row = cute::cast_smem_ptr_to_uint(gate) + static_cast<uint32_t>(at) * 128,
+                   up_row = cute::cast_smem_ptr_to_uint(up) + static_cast<uint32_t>(at) * 128,
+                   h_row = cute::cast_smem_ptr_to_uint(h) + static_cast<uint32_t>(at) * 128;
+    Barrier::wait(&shared.full[place.stage], place.phase);
+#pragma unroll
+    for (int pair = 0; pair < kBlock / 16; ++pair) {
+      const int first = (block * (kBlock / 8) + 2 * pair) * 4;
+      const uint32_t chunk = static_cast<uint32_t>((2 * pair + lane / 16) ^ (at % 8)) * 16;
+      uint32_t gates[4], ups[4], hs[4];
+      load_matrices(gate_row + chunk, gates);
+      load_matrices(up_row + chunk, ups);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float dgate[2], dup[2], out[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float g = j == 0 ? low_float<T>(gates[i]) : high_float<T>(gates[i]);
+          const float u = j == 0 ? low_float<T>(ups[i]) : high_float<T>(ups[i]);
+          const float d = sums(first + 2 * i + j), s = __fdividef(1.0f, 1.0f + __expf(-g)), silu = g * s;
+          dgate[j] = d * u * (s + silu * (1.0f - s));
+          dup[j] = d * silu;
+          out[j] = silu * u;
+        }
+        gates[i] = pack2<T>(dgate[0], dgate[1]);
+        ups[i] = pack2<T>(dup[0], dup[1]);
+        hs[i] = pack2<T>(out[0], out[1]);
+      }
+      store_matrices(gate_row + chunk, gates);
+      store_matrices(up_row + chunk, ups);
+      store_matrices(h_row + chunk, hs);
+    }
+    cute::tma_store_fence();  // TMA, another proxy, reads what these threads wrote
+    cutlass::arch::NamedBarrier::sync(kWarpgroup, static_cast<uint32_t>(consumer));
+    if (thread == 0) {
+      cute::SM90_TMA_STORE_2D::copy(&a.gate, gate, column + block * kBlock, row);
+      cute::SM90_TMA_STORE_2D::copy(&a.up, up, column + block * kBlock, row);
+      cute::SM90_TMA_STORE_2D::copy(&a.y, h, column + block * kBlock, row);
+      cute::tma_store_arrive();
+    }
+    if (block > 0) release.template operator()<1>(last);
+    last = place.stage;
+    place.advance();
+  }
+  release.template operator()<0>(last);
 }
 
 // Lends the sums of a warpgroup to the cluster that finishes the item, and the other side of it. `at`: of FusedArgs::ready.
@@ -271,9 +379,10 @@ __device__ inline void add_sums(const FusedArgs& a, Sums& sums, int consumer, in
 }
 
 // Two warpgroups: products and results.
-template <class T, bool kBackward>
+template <class T, FusedKind kKind>
 __device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, int cluster, int clusters) {
-  using Layout = Layouts<T, kBackward>;
+  constexpr bool kSwiglu = kKind == FusedKind::swiglu_backward;
+  using Layout = Layouts<T, backward(kKind)>;
   using Barrier = cutlass::arch::ClusterBarrier;
   // The same for a whole warpgroup, as the compiler must see to keep descriptors in uniform registers.
   const int consumer = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup - 1, 0);
@@ -314,7 +423,7 @@ __device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, 
       const bool mine = turn == consumer;
       turn ^= 1;
       if (!mine) {
-        int all = steps;
+        int all = steps + (kSwiglu && piece.end == a.steps ? kSwigluSteps : 0);
         for (int slot = first_slot; slot < last_slot; ++slot)
           all += (fused_slot_quarters(a.table, slot, work) + kFusedQuarters - 1) / kFusedQuarters;
 #pragma unroll 1
@@ -356,13 +465,17 @@ __device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, 
     } else {
 #pragma unroll 1
       for (int part = 0; part < piece.part; ++part) add_sums(a, sums, consumer, place_of(part));
-      store_tile<T>(a, shared, sums, consumer, work.row + upper * kFusedBox, work.column * kFusedColumns);
+      const int row = work.row + upper * kFusedBox, column = work.column * kFusedColumns;
+      if constexpr (kSwiglu) store_swiglu_gradient<T>(a, shared, sums, place, consumer, row, column);
+      else store_tile<T>(a, shared, sums, consumer, row, column);
     }
+    // Not in the branch above: that the ring goes on from two places makes ptxas serialise the products.
+    if constexpr (kSwiglu) place.phase ^= static_cast<uint32_t>(piece.end == a.steps);
   });
   if (threadIdx.x % kWarpgroup == 0) cute::tma_store_wait<0>();  // shared memory is read until then
 }
 
-template <class T, bool kBackward>
+template <class T, FusedKind kKind>
 __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ FusedArgs a) {
   extern __shared__ char memory[];
   const uint32_t at = cute::cast_smem_ptr_to_uint(memory);
@@ -381,27 +494,35 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Fu
   cute::cluster_sync();  // the other block's barriers too
   if (threadIdx.x < kWarpgroup) {
     cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
-    if (threadIdx.x < kWarp && cute::elect_one_sync()) produce<T, kBackward>(a, shared, rank, cluster, clusters);
+    if (threadIdx.x < kWarp && cute::elect_one_sync()) produce<T, kKind>(a, shared, rank, cluster, clusters);
     __syncwarp();
   } else {
     cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-    consume<T, kBackward>(a, shared, rank, cluster, clusters);
+    consume<T, kKind>(a, shared, rank, cluster, clusters);
     __syncwarp();
   }
   cute::cluster_sync();  // until both blocks are through, either may still arrive at the other's barriers
 }
 
-template <class T, bool kBackward>
-int clusters() {
-  return clusters_at_once(kernel<T, kBackward>, kFusedPair, kThreads, kSharedBytes<T>);
+// Calls f.operator()<kKind>().
+template <class F>
+auto dispatch_kind(FusedKind kind, F&& f) {
+  if (kind == FusedKind::forward) return f.template operator()<FusedKind::forward>();
+  if (kind == FusedKind::backward) return f.template operator()<FusedKind::backward>();
+  return f.template operator()<FusedKind::swiglu_backward>();
 }
 
 template <class T>
-void product(const FusedArgs& args, bool backward, int clusters, bool packed, cudaStream_t stream) {
+int clusters(FusedKind kind) {
+  return dispatch_kind(
+      kind, [&]<FusedKind kKind>() { return clusters_at_once(kernel<T, kKind>, kFusedPair, kThreads, kSharedBytes<T>); });
+}
+
+template <class T>
+void product(const FusedArgs& args, FusedKind kind, int clusters, bool packed, cudaStream_t stream) {
   Launch launch{dim3(static_cast<unsigned>(clusters * kFusedPair)), dim3(kThreads), kSharedBytes<T>, stream, kFusedPair};
   launch.overlap = packed;
-  if (backward) launch(kernel<T, true>, args);
-  else launch(kernel<T, false>, args);
+  dispatch_kind(kind, [&]<FusedKind kKind>() { launch(kernel<T, kKind>, args); });
 }
 
 }  // namespace fused

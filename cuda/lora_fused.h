@@ -1,6 +1,8 @@
 // Base product and LoRA as one product with a longer sum, for large groups:
 //   forward    y  = [x | E] [w | B]^T      E: scale * s of each part, B [out, R] of the rows' group and the columns' part
 //   backward   dx = [dy | E] [w ; A]       E: ds, A [sum R, in] of the rows' group
+//   swiglu_backward   the same, where dx is dh, the gradient of h = swiglu(gate_up): it stays in registers, gate_up becomes its own
+//              gradient and h comes out
 // A tile of 128 rows runs its steps over w, then ceil(R / 64) more for every group that stands in it, the last of them only as many
 // quarters as the rank needs. E holds, for every pair of (tile, group), a block of 128 rows: zero in rows of other groups and past
 // the rank, so a tile that straddles groups adds each row's own and nothing else. Rows without an adapter cost no step.
@@ -35,6 +37,9 @@ constexpr int kFusedQuarter = 16;   // of the sum that an instruction takes
 constexpr int kFusedQuarters = kFusedDepth / kFusedQuarter;
 constexpr int kFusedPair = 2;  // tiles of a cluster
 constexpr int kFusedBox = 64;  // rows of x, y and E that move at a time: a warpgroup's
+
+enum class FusedKind { forward, backward, swiglu_backward };
+constexpr FusedKind kFusedKinds[] = {FusedKind::forward, FusedKind::backward, FusedKind::swiglu_backward};
 
 // What a launch can describe. Everything travels as its parameters (of which there may be 32,764 bytes), so that a captured graph
 // keeps it; their copy is part of every launch.
@@ -86,7 +91,8 @@ struct FusedSchedule {
 struct FusedArgs {
   CUtensorMap x;              // [T, K]: x, or dy
   CUtensorMap w;              // [sum out, in]
-  CUtensorMap y;              // [T, N]: y, or dx
+  CUtensorMap y;              // [T, N]: y, dx, or h
+  CUtensorMap gate, up;       // [T, N] each: swiglu_backward
   CUtensorMap e;              // [slots * 256, parts * width]
   CUtensorMap q[kFusedMaps];  // [groups * parts]: B [out, R], or A [sum R, in]
   FusedTable table;
@@ -170,9 +176,9 @@ struct FusedPackArgs {
 void fused_pack(DType dtype, const FusedPackArgs& args, cudaStream_t stream);
 // lora_fused_bf16.cu, lora_fused_f16.cu. `clusters`: how many run at a time, as fused_clusters_*() says. `packed`: the launch in
 // front is fused_pack, beside which the product may begin: E is not needed before an item's last steps.
-void fused_product_bf16(const FusedArgs& args, bool backward, int clusters, bool packed, cudaStream_t stream);
-void fused_product_f16(const FusedArgs& args, bool backward, int clusters, bool packed, cudaStream_t stream);
-int fused_clusters_bf16(bool backward);
-int fused_clusters_f16(bool backward);
+void fused_product_bf16(const FusedArgs& args, FusedKind kind, int clusters, bool packed, cudaStream_t stream);
+void fused_product_f16(const FusedArgs& args, FusedKind kind, int clusters, bool packed, cudaStream_t stream);
+int fused_clusters_bf16(FusedKind kind);
+int fused_clusters_f16(FusedKind kind);
 
 }  // namespace loquetier::cuda

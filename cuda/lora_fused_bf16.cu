@@ -1,12 +1,12 @@
-// The fused product in bf16: two instantiations, forward and backward.
+// The fused product in bf16: an instantiation for each kind.
 #include "lora_fused.cuh"
 
 namespace loquetier::cuda {
 
-int fused_clusters_bf16(bool backward) { return backward ? fused::clusters<bf16, true>() : fused::clusters<bf16, false>(); }
+int fused_clusters_bf16(FusedKind kind) { return fused::clusters<bf16>(kind); }
 
-void fused_product_bf16(const FusedArgs& args, bool backward, int clusters, bool packed, cudaStream_t stream) {
-  fused::product<bf16>(args, backward, clusters, packed, stream);
+void fused_product_bf16(const FusedArgs& args, FusedKind kind, int clusters, bool packed, cudaStream_t stream) {
+  fused::product<bf16>(args, kind, clusters, packed, stream);
 }
 
 }  // namespace loquetier::cuda

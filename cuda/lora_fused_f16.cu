@@ -1,12 +1,12 @@
-// The fused product in f16: two instantiations, forward and backward.
+// The fused product in f16: an instantiation for each kind.
 #include "lora_fused.cuh"
 
 namespace loquetier::cuda {
 
-int fused_clusters_f16(bool backward) { return backward ? fused::clusters<f16, true>() : fused::clusters<f16, false>(); }
+int fused_clusters_f16(FusedKind kind) { return fused::clusters<f16>(kind); }
 
-void fused_product_f16(const FusedArgs& args, bool backward, int clusters, bool packed, cudaStream_t stream) {
-  fused::product<f16>(args, backward, clusters, packed, stream);
+void fused_product_f16(const FusedArgs& args, FusedKind kind, int clusters, bool packed, cudaStream_t stream) {
+  fused::product<f16>(args, kind, clusters, packed, stream);
 }
 
 }  // namespace loquetier::cuda

@@ -148,15 +148,17 @@ void Model::backward_part(const BackwardLayer& of, BackwardPart part, const Back
       return;
     }
     case BackwardPart::mlp: {
-      // down: its input comes back where its gradient was, from the one reading of gate_up that the gradient of swiglu needs
+      // down, which is one matrix: its input comes back with the gradient of swiglu, from the one reading of gate_up for both
       const bool down_trained = trained(Site::down), o_trained = trained(Site::o);
-      if (down_trained && !of.below_down) ops_.swiglu(gate_up, act);
-      linear_backward(ops_, weights.down, lora(Site::down), groups, down_trained, of.below_down ? TensorView{} : act,
-                      mine(from.s[3]), dx, work.ds, of.below_down ? act : TensorView{});
-      if (of.below_down && down_trained) {
-        ops_.swiglu_and_backward(gate_up, act, gate_up, act);
+      if (down_trained && of.below_down) {
+        ops_.lora_backward(lora(Site::down), groups, {}, mine(from.s[3]), dx, work.ds);
+        ops_.linear_lora_swiglu_backward(dx, weights.down[0].w, lora(Site::down), groups, work.ds, gate_up, act);
         ops_.lora_backward_weights(lora(Site::down), groups, act, {}, {}, work.ds);
+      } else if (down_trained) {
+        ops_.swiglu(gate_up, act);
+        ops_.lora_backward(lora(Site::down), groups, act, mine(from.s[3]), dx, work.ds);
       } else if (of.below_down) {
+        base_linear_backward(ops_, weights.down, dx, act);
         ops_.swiglu_backward(gate_up, act, gate_up);
       }
       if (of.below_down)

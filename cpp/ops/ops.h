@@ -355,6 +355,14 @@ class Ops {
   virtual void swiglu_backward(TensorView gate_up, TensorView dy, TensorView dgate_up) = 0;
   // Both, reading gate_up once: y [T, F] may be dy itself, dgate_up gate_up itself.
   virtual void swiglu_and_backward(TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y) = 0;
+  // linear_lora_backward of the linear behind swiglu, then swiglu_and_backward: gate_up becomes its own gradient, h the output of
+  // swiglu. One call so that a backend may keep dh, the gradient between the two, to itself.
+  // dy [T, N] C; w [N, F] C; ds [T, >= max_rank] C; gate_up [T, 2F] C; h [T, F] C
+  virtual void linear_lora_swiglu_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups,
+                                           TensorView ds, TensorView gate_up, TensorView h) {
+    linear_lora_backward(dy, w, linear, groups, ds, h);
+    swiglu_and_backward(gate_up, h, gate_up, h);
+  }
 
   // Loss and its gradient of rows with a target. logprob[i] = p, loss[i] as in LossRow; dlogits = dloss/dp * (onehot - softmax).
   // A loss that is not finite makes its row of dlogits NaN, so that the gradient's norm tells and the update is skipped.

@@ -163,6 +163,35 @@ void check_backward(Rig& rig, const LoraShape& shape) {
   else expect("linear_lora_backward and its parts" + label, dx.get(), apart.get(), rig.bound(6e-6));
 }
 
+// Against the reference, or where that would take too long against the single operations.
+void check_swiglu_backward(Rig& rig, const LoraShape& shape, bool parts) {
+  const std::string label = std::string(" (") + shape.name + ")";
+  LoraRig lora(rig, shape.rows, shape.in, shape.out, shape.groups);
+  const int64_t rank = std::max(lora.max_rank, 8);
+  Host dy = rig.random(shape.rows, lora.columns), w = rig.random(lora.columns, shape.in), ds = rig.random(shape.rows, rank, 4);
+  Host gate_up = rig.random(shape.rows, 2 * shape.in, 3.0);
+  if (shape.rows > 0) gate_up(0, 0) = -200, gate_up(shape.rows - 1, shape.in - 1) = 120;  // saturated either way
+  OnDevice ddy(rig, dy), dw(rig, w), dds(rig, ds), dgate_up(rig, gate_up), h(rig, shape.rows, shape.in);
+  OnDevice again(rig, gate_up), h_again(rig, shape.rows, shape.in);
+  rig.ops().linear_lora_swiglu_backward(ddy, dw, lora.linear, lora.groups, dds, dgate_up, h);
+  rig.ops().linear_lora_swiglu_backward(ddy, dw, lora.linear, lora.groups, dds, again, h_again);
+  CHECK(dgate_up.download() == again.download());
+  CHECK(h.download() == h_again.download());
+  Host want_h, want;
+  if (parts) {
+    OnDevice apart(rig, gate_up), both(rig, shape.rows, shape.in);
+    rig.ops().linear_lora_backward(ddy, dw, lora.linear, lora.groups, dds, both);
+    rig.ops().swiglu_and_backward(apart, both, apart, both);
+    want_h = both.get(), want = apart.get();
+  } else {
+    Host dh = reference::linear_backward(dy, w);
+    reference::lora_backward_x(lora.host, ds, dh);
+    want_h = reference::swiglu(gate_up), want = reference::swiglu_backward(gate_up, dh);
+  }
+  expect("linear_lora_swiglu_backward h" + label, h.get(), want_h, rig.bound(5e-7));
+  expect("linear_lora_swiglu_backward" + label, dgate_up.get(), want, rig.bound(6e-6));
+}
+
 }  // namespace
 
 TEST(linear_lora_against_the_reference) {
@@ -202,6 +231,16 @@ TEST(linear_lora_against_the_reference) {
 TEST(linear_lora_backward_against_the_reference) {
   for_each_rig([](Rig& rig) {
     for (const LoraShape& shape : all_shapes(rig)) check_backward(rig, shape);
+  });
+}
+
+TEST(linear_lora_swiglu_backward_against_the_reference) {
+  for_each_rig([](Rig& rig) {
+    for (const LoraShape& shape : fused_shapes()) check_swiglu_backward(rig, shape, false);
+    if (rig.exact()) return;
+    for (const LoraShape& shape : large_shapes()) check_swiglu_backward(rig, shape, true);
+    if (rig.deterministic()) return;
+    for (const LoraShape& shape : divided_shapes()) check_swiglu_backward(rig, shape, true);
   });
 }
 
