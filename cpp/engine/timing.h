@@ -8,7 +8,7 @@
 namespace loquetier {
 
 // Runs a few products of one layer: rows enough for the rate, one row for the bandwidth; on a device of its own also passes of many
-// sizes up to max_rows. A few milliseconds on the host, under a tenth of a second on a device.
+// sizes up to max_rows. A few milliseconds on the host, 0.12 s on an H200 at an 8B shape.
 DeviceRates measure_rates(Ops& ops, const ModelWeights& weights, int64_t max_rows);
 ModelShape shape_of(const ModelConfig& config, DType dtype);
 double mlp_share(const ModelConfig& config);  // of a layer's products: o, gate and up, down
