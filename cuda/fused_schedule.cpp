@@ -11,7 +11,8 @@ constexpr int32_t kMostParts = 4;
 constexpr int32_t kLend = 6, kAdd = 5;
 // A step of a half item is half the work but loads as much of w into a processor: 0.57 to 0.64 of a pair's, by the times of 2,112
 // rows.
-constexpr int32_t half_steps(int32_t steps) { return steps * 6 / 10; }
+constexpr int32_t kHalfTenths = 6;
+constexpr int32_t half_steps(int32_t steps) { return steps * kHalfTenths / 10; }
 
 // Behind more turns two half items on a cluster go between its other items in place of at the end.
 constexpr int32_t kFewTurns = 3;
@@ -51,7 +52,7 @@ Division relief(int32_t items, int32_t wholes, int32_t steps) {
   if (items == 0) return best;
   for (int32_t lent = 1; lent < kMostParts && lent * items <= wholes; ++lent) {
     // Where both end together: steps + half_steps(cut) + kLend = 2 half_steps(steps) - lent * (half_steps(cut) - kAdd).
-    const int32_t more = 2 * half_steps(steps) + lent * kAdd - steps - kLend, cut = more * 10 / (6 * (lent + 1));
+    const int32_t more = 2 * half_steps(steps) + lent * kAdd - steps - kLend, cut = more * 10 / (kHalfTenths * (lent + 1));
     if (cut < 1 || lent * cut >= steps) continue;
     const Division some{lent + 1, 1, steps + half_steps(cut) + kLend, cut};
     if (some.length + kLend < best.length) best = some;

@@ -150,14 +150,13 @@ void Planner::append_token(int64_t request, int32_t token) {
 }
 
 bool Planner::goes_on() const {
-  return std::ranges::any_of(state_->running,
-                             [](const PlannedRequest* r) { return r->remaining() == 0 && r->length() + 1 < r->token_limit; });
+  return std::ranges::any_of(state_->running, [](const PlannedRequest* r) { return r->goes_on(); });
 }
 
 void Planner::expect_tokens() {
   require_closed(state_->open, "expect_tokens");
   for (PlannedRequest* r : state_->running) {
-    if (r->computed != r->length() || r->length() + 1 >= r->token_limit) continue;
+    if (!r->goes_on()) continue;
     r->tokens.push_back(0);
     r->awaits = true;
   }

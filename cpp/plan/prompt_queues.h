@@ -59,6 +59,7 @@ struct PlannedRequest {
   AdapterVersion& version() const { return pinned ? *pinned : *adapter->newest; }
   int64_t length() const { return static_cast<int64_t>(tokens.size()); }
   int64_t remaining() const { return length() - computed - planned; }
+  bool goes_on() const { return remaining() == 0 && length() + 1 < token_limit; }  // it samples, and has a row behind that token
 };
 
 // Who must have its first token first: higher priority, then the earlier deadline.
