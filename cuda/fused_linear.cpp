@@ -31,14 +31,16 @@ int32_t rank_of(const LoraSite& site, const LoraLinear& linear) {
 }
 
 // Groups and tiles of a launch, into args.table, args.part_tile and pack. False: more than a launch can describe, or not worth it.
-bool lay_out(bool backward, const LoraLinear& linear, const LoraGroups& groups, int64_t rows, FusedArgs& args,
+bool lay_out(FusedKind kind, const LoraLinear& linear, const LoraGroups& groups, int64_t rows, FusedArgs& args,
              FusedPackArgs& pack) {
+  const bool backward = is_backward(kind), swiglu = kind == FusedKind::swiglu;
   FusedTable& table = args.table;
-  table.parts = backward ? 1 : linear.parts;
+  table.parts = backward || swiglu ? 1 : linear.parts;
+  args.maps = backward ? 1 : linear.parts;
   for (int p = 0; p < table.parts; ++p) {
     const int64_t columns = backward ? linear.in : linear.out[p];
     if (p + 1 < table.parts && columns % kFusedColumns != 0) return false;  // a tile would stand in two parts
-    args.part_tile[p + 1] = args.part_tile[p] + static_cast<int32_t>(ceil_of(columns, kFusedColumns));
+    args.part_tile[p + 1] = args.part_tile[p] + static_cast<int32_t>(ceil_of(columns, tile_columns(kind)));
   }
   args.column_tiles = args.part_tile[table.parts];
 
@@ -49,20 +51,29 @@ bool lay_out(bool backward, const LoraLinear& linear, const LoraGroups& groups, 
     if (site == nullptr || rank_of(*site, linear) == 0) continue;
     if (backward && group.dropout > 0) return false;  // the mask comes after A
     const int32_t n = table.groups;
-    if (n == kFusedGroups || (n + 1) * table.parts > kFusedMaps) return false;
+    if (n == kFusedGroups || (n + 1) * args.maps > kFusedMaps) return false;
     ++table.groups;
     pack.row_begin[n] = group.row_begin;
     pack.row_end[n] = group.row_begin + group.rows;
-    for (int p = 0; p < table.parts; ++p) {
+    int64_t quarters = 0;
+    for (int p = 0; p < args.maps; ++p) {
       pack.rank[n][p] = backward ? rank_of(*site, linear) : site->part[p].rank;
       pack.scale[n][p] = backward ? 1.0f : site->part[p].scale;
-      const int64_t quarters = ceil_of(pack.rank[n][p], kFusedQuarter);
+      if (swiglu && p == 1) {
+        table.gate[n] = static_cast<uint8_t>(quarters);
+        pack.column[n][p] = static_cast<int32_t>(quarters) * kFusedQuarter;
+      } else {
+        quarters = 0;
+      }
+      quarters += ceil_of(pack.rank[n][p], kFusedQuarter);
       if (quarters > 255) return false;
-      table.quarters[n][p] = static_cast<uint8_t>(quarters);
+      table.quarters[n][swiglu ? 0 : p] = static_cast<uint8_t>(quarters);
       most = std::max(most, static_cast<int32_t>(ceil_of(quarters, kFusedQuarters)));
     }
   }
   table.width = most * kFusedDepth;
+  for (int p = 1; p < table.parts; ++p)
+    for (int32_t n = 0; n < table.groups; ++n) pack.column[n][p] = p * table.width;
 
   if (!fused_strips(rows, args)) return false;
   int64_t extra = 0;  // steps of all tiles
@@ -116,6 +127,11 @@ int32_t FusedLinear::forward(const LoraLinear& linear, const LoraGroups& groups,
   return run(FusedKind::forward, linear, groups, x, w, bias.data, s, y);
 }
 
+int32_t FusedLinear::swiglu(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView s,
+                            TensorView gate_up, TensorView h) {
+  return run(FusedKind::swiglu, linear, groups, x, w, nullptr, s, h, gate_up);
+}
+
 int32_t FusedLinear::backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds,
                               TensorView dx) {
   return run(FusedKind::backward, linear, groups, dy, w, nullptr, ds, dx);
@@ -128,7 +144,7 @@ bool FusedLinear::swiglu_backward(const LoraLinear& linear, const LoraGroups& gr
 
 int32_t FusedLinear::run(FusedKind kind, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,
                          TensorView s, TensorView y, TensorView gate_up) {
-  const bool backward = kind != FusedKind::forward;
+  const bool backward = is_backward(kind);
   const int most = clusters_[static_cast<int>(kind)];
   int32_t taken = groups.count;
   while (taken > 0 &&
@@ -139,7 +155,7 @@ int32_t FusedLinear::run(FusedKind kind, const LoraLinear& linear, LoraGroups gr
   FusedArgs args = {};
   FusedPackArgs pack = {};
   if (most == 0 || reinterpret_cast<uintptr_t>(bias) % 4 != 0 || !fast_layout(linear, groups, {x, w, y, gate_up}) ||
-      ceil_of(x.cols, kFusedDepth) > UINT16_MAX || !lay_out(backward, linear, groups, x.rows, args, pack))
+      ceil_of(x.cols, kFusedDepth) > UINT16_MAX || !lay_out(kind, linear, groups, x.rows, args, pack))
     return -1;
   FusedTable& table = args.table;
   if (table.slots > 0 && !fast_layout(linear, groups, {s})) return -1;
@@ -147,10 +163,11 @@ int32_t FusedLinear::run(FusedKind kind, const LoraLinear& linear, LoraGroups gr
   device_.use();
   args.x = maps_.get(x, kFusedDepth, kFusedBox);
   args.w = maps_.get(w, kFusedDepth, backward ? kFusedDepth : kFusedColumns / kFusedPair);
-  args.y = maps_.get(y, kFusedDepth, kFusedBox);
+  const int64_t block = gate_up.empty() ? kFusedDepth : kFusedSwigluColumns;
+  args.y = maps_.get(y, block, kFusedBox);
   if (!gate_up.empty()) {
-    args.gate = maps_.get(gate_up.slice_cols(0, y.cols), kFusedDepth, kFusedBox);
-    args.up = maps_.get(gate_up.slice_cols(y.cols, y.cols), kFusedDepth, kFusedBox);
+    args.gate = maps_.get(gate_up.slice_cols(0, y.cols), block, kFusedBox);
+    args.up = maps_.get(gate_up.slice_cols(y.cols, y.cols), block, kFusedBox);
   }
   args.bias = bias;
   args.columns = static_cast<int32_t>(y.cols);
@@ -160,7 +177,7 @@ int32_t FusedLinear::run(FusedKind kind, const LoraLinear& linear, LoraGroups gr
     const int64_t e_rows = int64_t{table.slots} * kFusedPair * kFusedRows, e_columns = int64_t{table.parts} * table.width;
     void* e = e_.get(static_cast<size_t>(e_rows * e_columns) * size_of(dtype_));
     args.e = maps_.get(matrix(e, dtype_, e_rows, e_columns), kFusedDepth, kFusedBox);
-    encode_maps(backward, linear, groups, args);
+    encode_maps(kind, linear, groups, args);
     pack.table = table;
     pack.s = s.data;
     pack.ld_s = s.ld;
@@ -176,32 +193,34 @@ int32_t FusedLinear::run(FusedKind kind, const LoraLinear& linear, LoraGroups gr
 
 // Maps of every (group, part). The kernel reads the entry of a part that a group leaves alone too, outside of the matrix: it gets
 // another group's map.
-void FusedLinear::encode_maps(bool backward, const LoraLinear& linear, const LoraGroups& groups, FusedArgs& args) {
-  const FusedTable& table = args.table;
+void FusedLinear::encode_maps(FusedKind kind, const LoraLinear& linear, const LoraGroups& groups, FusedArgs& args) {
   const auto map = [&](const void* data, int64_t rows, int64_t columns, int64_t box_rows) {
     return maps_.get(matrix(const_cast<void*>(data), dtype_, rows, columns), kFusedDepth, box_rows);
   };
   const CUtensorMap* some = nullptr;
+  bool alone[kFusedMaps] = {};
   int32_t n = 0;
   for (int32_t g = 0; g < groups.count; ++g) {
     const LoraSite* site = site_of(groups.host_groups[g], linear);
     if (site == nullptr || rank_of(*site, linear) == 0) continue;
-    for (int p = 0; p < table.parts; ++p) {
-      if (table.quarters[n][p] == 0) continue;
-      CUtensorMap& to = args.q[n * table.parts + p];
-      if (backward) {
+    for (int p = 0; p < args.maps; ++p) {
+      CUtensorMap& to = args.q[n * args.maps + p];
+      if (is_backward(kind)) {
         const void* a = nullptr;  // the parts' A are one matrix
         for (int i = linear.parts - 1; i >= 0; --i) a = site->part[i].rank > 0 ? site->part[i].a : a;
         to = map(a, rank_of(*site, linear), linear.in, kFusedDepth);
+      } else if (site->part[p].rank > 0) {
+        to = map(site->part[p].b, linear.out[p], site->part[p].rank, tile_columns(kind));
       } else {
-        to = map(site->part[p].b, linear.out[p], site->part[p].rank, kFusedColumns);
+        alone[n * args.maps + p] = true;
+        continue;
       }
       if (some == nullptr) some = &to;
     }
     ++n;
   }
-  for (int32_t i = 0; i < table.groups * table.parts; ++i)
-    if (table.quarters[i / table.parts][i % table.parts] == 0) args.q[i] = *some;
+  for (int32_t i = 0; i < n * args.maps; ++i)
+    if (alone[i]) args.q[i] = *some;
 }
 
 }  // namespace loquetier::cuda

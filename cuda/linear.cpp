@@ -22,8 +22,9 @@ namespace loquetier::cuda {
 namespace {
 
 constexpr int64_t kDeterministicRows = 2048;
-constexpr int64_t kManyRows = 512;   // with an adapter: base and LoRA as one product, or the expand before the base product
-constexpr int64_t kBranchTiles = 8;  // tiles of 16 rows up to which the shrink goes beside it
+constexpr int64_t kManyRows = 512;       // with an adapter: base and LoRA as one product, or the expand before the base product
+constexpr int64_t kManyBaseRows = 2048;  // without an adapter: from here on the fused product is as fast as cuBLASLt
+constexpr int64_t kBranchTiles = 8;      // tiles of 16 rows up to which the shrink goes beside it
 
 cudaDataType_t cuda_type(DType dtype) {
   switch (dtype) {
@@ -80,6 +81,12 @@ bool many_rows(const LoraGroups& groups, int64_t rows) {
   int64_t covered = 0;
   for (int32_t g = 0; g < groups.count; ++g) covered += groups.host_groups[g].sites != nullptr ? groups.host_groups[g].rows : 0;
   return covered >= kManyRows && 2 * covered >= rows;
+}
+
+// What linear_lora's way through s, and its backward's, expect of it.
+void expect_s(const char* op, const char* name, TensorView s, const LoraGroups& groups, int64_t rows, DType dtype) {
+  expect(op, name, s, dtype, rows, -1);
+  require(s.cols >= groups.max_rank, "[", op, "] ", name, ": expected at least ", groups.max_rank, " columns, got ", s.cols);
 }
 
 // The groups from `first` on.
@@ -245,8 +252,7 @@ void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const Lor
     linear_onto(x, w, bias, y, false);
     return;
   }
-  expect("linear_lora", "s", s, dtype_, x.rows, -1);
-  require(s.cols >= groups.max_rank, "[linear_lora] s: expected at least ", groups.max_rank, " columns, got ", s.cols);
+  expect_s("linear_lora", "s", s, groups, x.rows, dtype_);
   const LoraCall call = lora_call("linear_lora", linear, groups, x.rows);
   if (!deterministic_ && y.dtype == dtype_ && x.rows <= kMaxDecodeRows && fast_layout(linear, groups, {x, s, y}) &&
       !count_tiles(groups, 8).dropout) {
@@ -294,6 +300,33 @@ void CudaOps::linear_lora_filled(TensorView x, TensorView w, TensorView bias, co
   linear_onto(x, w, bias, y, true);
 }
 
+void CudaOps::linear_lora_swiglu(TensorView x, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
+                                 TensorView gate_up, TensorView h) {
+  const char* op = "linear_lora_swiglu";
+  expect(op, "x", x, dtype_, -1, linear.in);
+  expect(op, "w", w, dtype_, columns_of(linear), linear.in);
+  expect(op, "gate_up", gate_up, dtype_, x.rows, w.rows);
+  require(linear.parts == 2 && linear.out[0] == linear.out[1], "[", op, "] linear: expected two parts as wide as one another");
+  expect(op, "h", h, dtype_, x.rows, linear.out[0]);
+  const bool lora = groups.count > 0 && groups.max_rank > 0;
+  if (deterministic_ || (lora ? !many_rows(groups, x.rows) : x.rows < kManyBaseRows))
+    return Ops::linear_lora_swiglu(x, w, linear, groups, s, gate_up, h);
+  if (lora) {
+    expect_s(op, "s", s, groups, x.rows, dtype_);
+    lora_call(op, linear, groups, x.rows);  // for its checks
+    lora_shrink(linear, groups, x, s);
+  }
+  const int32_t taken = fused_linear_->swiglu(linear, groups, x, w, s, gate_up, h);
+  if (taken < 0) {
+    if (!linear_lora_fused(x, w, {}, linear, groups, s, gate_up)) linear_lora_filled(x, w, {}, linear, groups, s, gate_up);
+    swiglu(gate_up, h);
+  } else if (taken < groups.count) {
+    lora_expand(linear, groups_from(groups, taken), s, gate_up);
+    const int64_t from = groups.host_groups[taken].row_begin;
+    swiglu(gate_up.slice_rows(from, x.rows - from), h.slice_rows(from, x.rows - from));
+  }
+}
+
 void CudaOps::linear_lora_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
                                    TensorView dx) {
   expect("linear_lora_backward", "dy", dy, dtype_, -1, columns_of(linear));
@@ -303,8 +336,7 @@ void CudaOps::linear_lora_backward(TensorView dy, TensorView w, const LoraLinear
     linear_backward(dy, w, dx, false);
     return;
   }
-  expect("linear_lora_backward", "ds", ds, dtype_, dy.rows, -1);
-  require(ds.cols >= groups.max_rank, "[linear_lora_backward] ds: expected at least ", groups.max_rank, " columns, got ", ds.cols);
+  expect_s("linear_lora_backward", "ds", ds, groups, dy.rows, dtype_);
   lora_call("linear_lora_backward", linear, groups, dy.rows);  // for its checks
   if (!deterministic_ && many_rows(groups, dy.rows) && linear_lora_backward_fused(dy, w, linear, groups, ds, dx)) return;
   linear_backward(dy, w, dx, false);
@@ -327,8 +359,7 @@ void CudaOps::linear_lora_swiglu_backward(TensorView dy, TensorView w, const Lor
   expect(op, "gate_up", gate_up, dtype_, dy.rows, 2 * linear.in);
   expect(op, "h", h, dtype_, dy.rows, linear.in);
   if (!deterministic_ && groups.max_rank > 0 && many_rows(groups, dy.rows)) {
-    expect(op, "ds", ds, dtype_, dy.rows, -1);
-    require(ds.cols >= groups.max_rank, "[", op, "] ds: expected at least ", groups.max_rank, " columns, got ", ds.cols);
+    expect_s(op, "ds", ds, groups, dy.rows, dtype_);
     lora_call(op, linear, groups, dy.rows);  // for its checks
     if (fused_linear_->swiglu_backward(linear, groups, dy, w, ds, gate_up, h)) return;
   }

@@ -12,49 +12,42 @@
 //   A operand, and B operand forward   rows of 64 elements of k (128 bytes), 8-row atoms
 //   B operand backward                 blocks of 64 columns; in each 64 rows of k of 64 columns
 //
-// swiglu_backward: behind the steps of a tile come kSwigluSteps more, whose stages hold no operands but 64 columns of gate and up.
-// So these are read while the last products run. Their gradients and h take their places, leave from there, and the stage is free.
+// A finished tile leaves while the first products of the next one run (lora_fused_leave.cuh).
 #pragma once
 
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/numeric_types.h>
 #include <cute/arch/cluster_sm90.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90.hpp>
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
 
-#include "lora.cuh"
-#include "lora_fused.h"
+#include "lora_fused_leave.cuh"
 
 namespace loquetier::cuda {
 
 namespace fused {
 
 constexpr int kStages = 4;
-constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;  // warpgroups that compute
 constexpr int kThreads = kWarpgroup * (1 + kConsumers);
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // 168 at launch, moved between the warpgroups
-constexpr int kBlock = 64;                                        // columns of an output block in shared memory
 constexpr int kHalf = kFusedColumns / kFusedPair;                 // columns of w's tile that one block of the cluster loads
 constexpr uint32_t kStepBytes = (kFusedRows + kFusedColumns) * kFusedDepth * 2;
 constexpr int kOutside = 1 << 24;                  // a row or column past every matrix: TMA fills with zeros
 constexpr int kBoxSize = kFusedBox * kFusedDepth;  // elements of 64 rows of A, or of 64 columns of B backward
 constexpr uint32_t kHalfStepBytes = (kFusedBox + kFusedColumns) * kFusedDepth * 2;
 constexpr int kAddAtATime = 16;  // 16-byte loads in flight of another cluster's sums
-constexpr int kSwigluSteps = kFusedColumns / kBlock;
-static_assert(kSwigluSteps == kStages);  // they end where they began, in the other phase
-constexpr int kSwigluAhead = 24;  // steps before the end of a tile at which gate and up begin to come to the L2, a box a step
 
 template <class T>
 struct Shared {
   alignas(1024) T a[kStages][kFusedRows * kFusedDepth];
   alignas(1024) T b[kStages][kFusedColumns * kFusedDepth];
-  alignas(1024) T out[kConsumers][2][64 * kBlock];  // two blocks of 64 x 64 for each warpgroup, swizzled
+  alignas(1024) T out[kConsumers][kOut];  // of each warpgroup: blocks of its last tile
   uint64_t full[kStages];
   uint64_t empty[kStages];
+  uint64_t in[kConsumers];
 };
 
 template <class T>
@@ -62,8 +55,6 @@ constexpr size_t kSharedBytes = sizeof(Shared<T>) + 1024;  // the base is rounde
 
 template <class T>
 using Element = std::conditional_t<std::is_same_v<T, bf16>, cutlass::bfloat16_t, cutlass::half_t>;
-
-constexpr bool backward(FusedKind kind) { return kind != FusedKind::forward; }
 
 template <class T, bool kBackward>
 struct Layouts {
@@ -93,17 +84,19 @@ struct Place {
   }
 };
 
-// The work of a cluster in its order. f(piece, work).
+// The work of a cluster in its order, then a piece without steps. f(piece, work).
 template <class F>
 __device__ inline void for_each_piece(const FusedArgs& a, int rank, int cluster, int clusters, F&& f) {
   const FusedSchedule& schedule = a.schedule;
   const int dealt = schedule.dealt / clusters, first = schedule.piece_begin[cluster], before = schedule.before[cluster];
   const int pieces = schedule.piece_begin[cluster + 1] - first;
 #pragma unroll 1
-  for (int i = 0; i < dealt + pieces; ++i) {
+  for (int i = 0; i <= dealt + pieces; ++i) {
     FusedPiece piece;
     int item = cluster + (i < before ? i : i - pieces) * clusters;
-    if (i < before || i >= before + pieces) {
+    if (i == dealt + pieces) {
+      item = 0;
+    } else if (i < before || i >= before + pieces) {
       piece.end = static_cast<uint16_t>(a.steps);
     } else {
       piece = schedule.pieces[first + i - before];
@@ -113,27 +106,20 @@ __device__ inline void for_each_piece(const FusedArgs& a, int rank, int cluster,
   }
 }
 
-__device__ inline void load(const CUtensorMap& map, uint64_t* barrier, void* to, int column, int row) {
-  cute::SM90_TMA_LOAD_2D::copy(&map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, column, row);
-}
 __device__ inline void load_for_both(const CUtensorMap& map, uint64_t* barrier, void* to, int column, int row) {
   cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, barrier, (1 << kFusedPair) - 1,
                                          static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, column, row);
-}
-
-__device__ inline void fetch_ahead(const CUtensorMap& map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row) : "memory");
 }
 
 // One thread: all loads of this block.
 template <class T, FusedKind kKind>
 __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, int cluster, int clusters) {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
-  constexpr bool kBackward = backward(kKind), kSwiglu = kKind == FusedKind::swiglu_backward;
+  constexpr bool kSwiglu = kKind == FusedKind::swiglu;
   Place place;
   int turn = 0;  // the warpgroup that computes the next tile of 64 rows
   for_each_piece(a, rank, cluster, clusters, [&](const FusedPiece& piece, const FusedWork& work) {
-    const int column = work.column * kFusedColumns, part = rank == 0 ? work.part[0] : work.part[1];
+    const int column = work.column * tile_columns(kKind), part = rank == 0 ? work.part[0] : work.part[1];
     const int a_place = work.half ? turn * kBoxSize : 0;
     const auto acquire = [&] {
       Barrier::wait(&shared.empty[place.stage], place.phase ^ 1);
@@ -154,7 +140,7 @@ __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, 
         load_for_both(a.x, full, to, depth, work.row);
       }
       T* b = shared.b[place.stage];
-      if constexpr (kBackward) {
+      if constexpr (is_backward(kKind)) {
         for (int i = 0; i < kFusedColumns / kFusedBox; ++i) {
           T* block = b + i * kBoxSize;
           if (work.wide) load(a.w, full, block, column + i * kFusedBox, depth);
@@ -163,14 +149,12 @@ __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, 
       } else {
         for (int i = 0; i < kFusedPair; ++i) {
           T* half = b + i * kHalf * kFusedDepth;
-          if (work.wide) load(a.w, full, half, depth, column + i * kHalf);
-          else if (i == rank) load_for_both(a.w, full, half, depth, column + i * kHalf);
+          const int row = column + i * (kSwiglu ? a.columns : kHalf);
+          if (work.wide) load(a.w, full, half, depth, row);
+          else if (i == rank) load_for_both(a.w, full, half, depth, row);
         }
       }
       place.advance();
-      if (const int box = step - (a.steps - kSwigluAhead); kSwiglu && 0 <= box && box < 4 * kSwigluSteps) {
-        fetch_ahead(box % 2 == 0 ? a.gate : a.up, column + box / 4 * kBlock, work.row + box / 2 % 2 * kFusedBox);
-      }
     }
     if (work.half) turn ^= 1;
     if (piece.end < a.steps) return;
@@ -180,8 +164,8 @@ __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, 
     for (int slot = a.table.slot_begin[work.strip]; slot < a.table.slot_begin[work.strip + 1]; ++slot) {
       const int group = a.table.slot_group[slot][tile], quarters = fused_slot_quarters(a.table, slot, work);
       // Every entry of q is a map; of a part that the group leaves alone, or of no group, it is read where there is nothing.
-      const CUtensorMap& q = a.q[max(group, 0) * a.table.parts + part];
-      const bool none = group < 0 || a.table.quarters[group][part] == 0;
+      const CUtensorMap* q = &a.q[max(group, 0) * a.maps + part];
+      const int own = group < 0 ? 0 : a.table.quarters[group][part];
       const int e_row = (slot * kFusedPair + tile) * kFusedRows;
 #pragma unroll 1
       for (int step = 0; step * kFusedQuarters < quarters; ++step) {
@@ -191,27 +175,17 @@ __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, 
         const int e_column = part * a.table.width + step * kFusedDepth;
         load(a.e, full, to, e_column, e_row);
         if (!work.half) load(a.e, full, to + kBoxSize, e_column, e_row + kFusedBox);
-        const int depth = none ? kOutside : step * kFusedDepth;
+        const int depth = own == 0 ? kOutside : step * kFusedDepth;
         T* b = shared.b[place.stage];
-        if constexpr (kBackward) {
+        if constexpr (is_backward(kKind)) {
 #pragma unroll
-          for (int i = 0; i < kFusedColumns / kFusedBox; ++i) load(q, full, b + i * kBoxSize, column + i * kFusedBox, depth);
+          for (int i = 0; i < kFusedColumns / kFusedBox; ++i) load(*q, full, b + i * kBoxSize, column + i * kFusedBox, depth);
+        } else if constexpr (kSwiglu) {
+          const int gate = group < 0 ? 0 : a.table.gate[group];
+          load(q[0], full, b, gate == 0 ? kOutside : depth, column);
+          load(q[1], full, b + kHalf * kFusedDepth, gate == own ? kOutside : depth - gate * kFusedQuarter, column);
         } else {
-          load(q, full, b, depth, part_column);
-        }
-        place.advance();
-      }
-    }
-    if constexpr (kSwiglu) {
-#pragma unroll 1
-      for (int block = 0; block < kSwigluSteps; ++block) {
-        Barrier::wait(&shared.empty[place.stage], place.phase ^ 1);
-        uint64_t* full = &shared.full[place.stage];
-        Barrier::arrive_and_expect_tx(full, (work.half ? 2 : 4) * kBoxSize * sizeof(T));
-        for (int box = 0; box < (work.half ? 1 : 2); ++box) {
-          const int at = a_place + box * kBoxSize, row = work.row + box * kFusedBox;
-          load(a.gate, full, shared.a[place.stage] + at, column + block * kBlock, row);
-          load(a.up, full, shared.b[place.stage] + at, column + block * kBlock, row);
+          load(*q, full, b, depth, part_column);
         }
         place.advance();
       }
@@ -219,128 +193,6 @@ __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, 
   });
   wait_for_previous();  // the launch behind this one relies on both
   let_next_start();     // its blocks come where clusters end early
-}
-
-// 16 x 16 values of a warp as its sums lie: matrices of 8 x 8, below one another, then beside.
-__device__ inline void load_matrices(uint32_t from, uint32_t (&v)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(from)
-               : "memory");
-}
-__device__ inline void store_matrices(uint32_t to, const uint32_t (&v)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]),
-               "r"(v[3])
-               : "memory");
-}
-
-// A warpgroup's 64 rows of a finished tile, 64 columns at a time: registers -> swizzled shared memory -> y, by TMA, which leaves
-// out what lies past the edges. Two blocks of shared memory: the next is written while the last is on its way.
-template <class T, class Sums>
-__device__ inline void store_tile(const FusedArgs& a, Shared<T>& shared, const Sums& sums, int consumer, int row, int column) {
-  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, warp = thread / kWarp, lane = thread % kWarp;
-  const auto barrier = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, static_cast<uint32_t>(consumer)); };
-  // stmatrix: lane l names row l % 16 of the warp's 16 rows and the left or right half of 16 columns.
-  const int at = warp * 16 + lane % 16;
-#pragma unroll
-  for (int block = 0; block < kFusedColumns / kBlock; ++block) {
-    T* out = shared.out[consumer][block % 2];
-    if (thread == 0) cute::tma_store_wait<1>();  // the block that stood here has been read
-    barrier();
-    const uint32_t base = cute::cast_smem_ptr_to_uint(out) + static_cast<uint32_t>(at) * 128;
-#pragma unroll
-    for (int pair = 0; pair < kBlock / 16; ++pair) {
-      // Sums of thread (g, q): per 8 columns, (row g, columns 2q, 2q + 1), (row g + 8, the same).
-      const int i = (block * (kBlock / 8) + 2 * pair) * 4;
-      uint32_t bias[2] = {0, 0};
-      if (a.bias != nullptr) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int at_column = column + block * kBlock + pair * 16 + half * 8 + 2 * (lane % 4);
-          if (at_column < a.columns)
-            bias[half] = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const T*>(a.bias) + at_column));
-        }
-      }
-      const auto two = [&](int j) {
-        return pack2<T>(sums(i + j) + low_float<T>(bias[j / 4]), sums(i + j + 1) + high_float<T>(bias[j / 4]));
-      };
-      const uint32_t chunk = static_cast<uint32_t>((2 * pair + lane / 16) ^ (at % 8));
-      const uint32_t values[4] = {two(0), two(2), two(4), two(6)};
-      store_matrices(base + chunk * 16, values);
-    }
-    cute::tma_store_fence();  // TMA, another proxy, reads what these threads wrote
-    barrier();
-    if (thread == 0) {
-      cute::SM90_TMA_STORE_2D::copy(&a.y, out, column + block * kBlock, row);
-      cute::tma_store_arrive();
-    }
-  }
-}
-
-// swiglu_backward: the sums are 64 rows of dh. `place` walks the stages that hold gate and up, 64 columns each; their gradients go
-// out from where they stood, h from the rest of the stage. Then the stage is released.
-template <class T, class Sums>
-__device__ inline void store_swiglu_gradient(const FusedArgs& a, Shared<T>& shared, const Sums& sums, Place place, int consumer,
-                                             int row, int column) {
-  using Barrier = cutlass::arch::ClusterBarrier;
-  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, warp = thread / kWarp, lane = thread % kWarp;
-  const int at = warp * 16 + lane % 16;  // as in store_tile
-  // The first warp, for all of them: they have passed a barrier since. `kUnderWay`: stores that may still be read.
-  const auto release = [&]<int kUnderWay>(int stage) {
-    if (thread == 0) cute::tma_store_wait<kUnderWay>();
-    __syncwarp();
-    Barrier::arrive(&shared.empty[stage], static_cast<uint32_t>(thread % kFusedPair), thread < kFusedPair * (kWarpgroup / kWarp));
-  };
-  int last = 0;
-#pragma unroll
-  for (int block = 0; block < kSwigluSteps; ++block) {
-    T* gate = shared.a[place.stage] + consumer * kBoxSize;
-    T* up = shared.b[place.stage] + consumer * kBoxSize;
-    T* h = shared.b[place.stage] + (kConsumers + consumer) * kBoxSize;
-    const uint32_t gate_row = cute::cast_smem_ptr_to_uint(gate) + static_cast<uint32_t>(at) * 128,
-                   up_row = cute::cast_smem_ptr_to_uint(up) + static_cast<uint32_t>(at) * 128,
-                   h_row = cute::cast_smem_ptr_to_uint(h) + static_cast<uint32_t>(at) * 128;
-    Barrier::wait(&shared.full[place.stage], place.phase);
-#pragma unroll
-    for (int pair = 0; pair < kBlock / 16; ++pair) {
-      const int first = (block * (kBlock / 8) + 2 * pair) * 4;
-      const uint32_t chunk = static_cast<uint32_t>((2 * pair + lane / 16) ^ (at % 8)) * 16;
-      uint32_t gates[4], ups[4], hs[4];
-      load_matrices(gate_row + chunk, gates);
-      load_matrices(up_row + chunk, ups);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float dgate[2], dup[2], out[2];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float g = j == 0 ? low_float<T>(gates[i]) : high_float<T>(gates[i]);
-          const float u = j == 0 ? low_float<T>(ups[i]) : high_float<T>(ups[i]);
-          const float d = sums(first + 2 * i + j), s = __fdividef(1.0f, 1.0f + __expf(-g)), silu = g * s;
-          dgate[j] = d * u * (s + silu * (1.0f - s));
-          dup[j] = d * silu;
-          out[j] = silu * u;
-        }
-        gates[i] = pack2<T>(dgate[0], dgate[1]);
-        ups[i] = pack2<T>(dup[0], dup[1]);
-        hs[i] = pack2<T>(out[0], out[1]);
-      }
-      store_matrices(gate_row + chunk, gates);
-      store_matrices(up_row + chunk, ups);
-      store_matrices(h_row + chunk, hs);
-    }
-    cute::tma_store_fence();  // TMA, another proxy, reads what these threads wrote
-    cutlass::arch::NamedBarrier::sync(kWarpgroup, static_cast<uint32_t>(consumer));
-    if (thread == 0) {
-      cute::SM90_TMA_STORE_2D::copy(&a.gate, gate, column + block * kBlock, row);
-      cute::SM90_TMA_STORE_2D::copy(&a.up, up, column + block * kBlock, row);
-      cute::SM90_TMA_STORE_2D::copy(&a.y, h, column + block * kBlock, row);
-      cute::tma_store_arrive();
-    }
-    if (block > 0) release.template operator()<1>(last);
-    last = place.stage;
-    place.advance();
-  }
-  release.template operator()<0>(last);
 }
 
 // Lends the sums of a warpgroup to the cluster that finishes the item, and the other side of it. `at`: of FusedArgs::ready.
@@ -381,8 +233,7 @@ __device__ inline void add_sums(const FusedArgs& a, Sums& sums, int consumer, in
 // Two warpgroups: products and results.
 template <class T, FusedKind kKind>
 __device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, int cluster, int clusters) {
-  constexpr bool kSwiglu = kKind == FusedKind::swiglu_backward;
-  using Layout = Layouts<T, backward(kKind)>;
+  using Layout = Layouts<T, is_backward(kKind)>;
   using Barrier = cutlass::arch::ClusterBarrier;
   // The same for a whole warpgroup, as the compiler must see to keep descriptors in uniform registers.
   const int consumer = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup - 1, 0);
@@ -397,11 +248,18 @@ __device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, 
   auto sums = cute::partition_fragment_C(mma, cute::Shape<cute::Int<kFusedRows>, cute::Int<kFusedColumns>>{});
   static_assert(decltype(cute::size(sums))::value == 64 * kFusedColumns / kWarpgroup);
 
+  Leaving<T, kKind> leaving(a, shared.out[consumer], &shared.in[consumer], consumer);
   Place place;
+  int last = 0;  // the stage of the product that may still run
   const auto release = [&](int stage) {
     if (lane < kFusedPair) Barrier::arrive(&shared.empty[stage], static_cast<uint32_t>(lane), 1);
   };
-  const auto multiply = [&](int quarters) {
+  const auto pass = [&] {
+    Barrier::wait(&shared.full[place.stage], place.phase);
+    release(place.stage);
+    place.advance();
+  };
+  const auto start = [&](int quarters) {
     Barrier::wait(&shared.full[place.stage], place.phase);
     cute::warpgroup_fence_operand(sums);
     cute::warpgroup_arrive();
@@ -413,47 +271,58 @@ __device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, 
     }
     cute::warpgroup_commit_batch();
   };
+  const auto multiply = [&](int quarters) {
+    start(quarters);
+    cute::warpgroup_wait<1>();  // the product before this one is done
+    cute::warpgroup_fence_operand(sums);
+    release(last);
+    last = place.stage;
+    place.advance();
+  };
 
   int turn = 0;
   for_each_piece(a, rank, cluster, clusters, [&](const FusedPiece& piece, const FusedWork& work) {
     const int steps = piece.end - piece.begin;
     const int first_slot = a.table.slot_begin[work.strip];
     const int last_slot = piece.end == a.steps ? a.table.slot_begin[work.strip + 1] : first_slot;
-    if (work.half) {
-      const bool mine = turn == consumer;
-      turn ^= 1;
-      if (!mine) {
-        int all = steps + (kSwiglu && piece.end == a.steps ? kSwigluSteps : 0);
-        for (int slot = first_slot; slot < last_slot; ++slot)
-          all += (fused_slot_quarters(a.table, slot, work) + kFusedQuarters - 1) / kFusedQuarters;
-#pragma unroll 1
-        for (int step = 0; step < all; ++step) {
-          Barrier::wait(&shared.full[place.stage], place.phase);
-          release(place.stage);
-          place.advance();
-        }
-        return;
-      }
-    }
-    mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
-    multiply(kFusedQuarters);
-    int last = place.stage;
-    place.advance();
-    const auto multiply_next = [&](int quarters) {
-      multiply(quarters);
-      cute::warpgroup_wait<1>();  // the product before this one is done
-      cute::warpgroup_fence_operand(sums);
-      release(last);
+    const bool mine = !work.half || turn == consumer;
+    if (work.half) turn ^= 1;
+    int step = 0;
+    if (mine && steps > 0) {
+      mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
+      start(kFusedQuarters);
       last = place.stage;
       place.advance();
-    };
+      ++step;
+    }
+    // Two loops, so that what only the first one needs costs the other nothing: it decides about the card's power.
 #pragma unroll 1
-    for (int step = 1; step < steps; ++step) multiply_next(kFusedQuarters);
+    while (leaving.any()) {
+      leaving.begin();
+#pragma unroll 1
+      for (int beat = 0; beat < leaving.kBeat; ++beat, ++step) {
+        if (step >= steps) continue;
+        if (mine) multiply(kFusedQuarters);
+        else pass();
+      }
+      leaving.send();
+    }
+    if (mine) {
+#pragma unroll 1
+      for (; step < steps; ++step) multiply(kFusedQuarters);
+    } else {
+#pragma unroll 1
+      for (; step < steps; ++step) pass();
+    }
 #pragma unroll 1
     for (int slot = first_slot; slot < last_slot; ++slot) {
 #pragma unroll 1
-      for (int left = fused_slot_quarters(a.table, slot, work); left > 0; left -= kFusedQuarters) multiply_next(left);
+      for (int left = fused_slot_quarters(a.table, slot, work); left > 0; left -= kFusedQuarters) {
+        if (mine) multiply(left);
+        else pass();
+      }
     }
+    if (!mine || steps == 0) return;
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(sums);
     release(last);
@@ -465,14 +334,10 @@ __device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, 
     } else {
 #pragma unroll 1
       for (int part = 0; part < piece.part; ++part) add_sums(a, sums, consumer, place_of(part));
-      const int row = work.row + upper * kFusedBox, column = work.column * kFusedColumns;
-      if constexpr (kSwiglu) store_swiglu_gradient<T>(a, shared, sums, place, consumer, row, column);
-      else store_tile<T>(a, shared, sums, consumer, row, column);
+      leaving.take(sums, work.row + upper * kFusedBox, work.column * tile_columns(kKind));
     }
-    // Not in the branch above: that the ring goes on from two places makes ptxas serialise the products.
-    if constexpr (kSwiglu) place.phase ^= static_cast<uint32_t>(piece.end == a.steps);
   });
-  if (threadIdx.x % kWarpgroup == 0) cute::tma_store_wait<0>();  // shared memory is read until then
+  leaving.end();
 }
 
 template <class T, FusedKind kKind>
@@ -489,6 +354,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Fu
       cutlass::arch::ClusterBarrier::init(&shared.full[stage], 1);
       cutlass::arch::ClusterBarrier::init(&shared.empty[stage], kFusedPair * kConsumers * kWarpgroup / kWarp);
     }
+    for (uint64_t& in : shared.in) cutlass::arch::ClusterBarrier::init(&in, 1);
     cutlass::arch::fence_barrier_init();
   }
   cute::cluster_sync();  // the other block's barriers too
@@ -508,6 +374,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Fu
 template <class F>
 auto dispatch_kind(FusedKind kind, F&& f) {
   if (kind == FusedKind::forward) return f.template operator()<FusedKind::forward>();
+  if (kind == FusedKind::swiglu) return f.template operator()<FusedKind::swiglu>();
   if (kind == FusedKind::backward) return f.template operator()<FusedKind::backward>();
   return f.template operator()<FusedKind::swiglu_backward>();
 }

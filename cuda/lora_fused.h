@@ -1,7 +1,10 @@
 // Base product and LoRA as one product with a longer sum, for large groups:
 //   forward    y  = [x | E] [w | B]^T      E: scale * s of each part, B [out, R] of the rows' group and the columns' part
 //   backward   dx = [dy | E] [w ; A]       E: ds, A [sum R, in] of the rows' group
-//   swiglu_backward   the same, where dx is dh, the gradient of h = swiglu(gate_up): it stays in registers, gate_up becomes its own
+//   swiglu     forward of gate and up, where h = silu(gate) * up comes out too: a tile is 128 columns of gate and the same of up,
+//   and
+//              their E stand side by side in one
+//   swiglu_backward   backward, where dx is dh, the gradient of h = swiglu(gate_up): it stays in registers, gate_up becomes its own
 //              gradient and h comes out
 // A tile of 128 rows runs its steps over w, then ceil(R / 64) more for every group that stands in it, the last of them only as many
 // quarters as the rank needs. E holds, for every pair of (tile, group), a block of 128 rows: zero in rows of other groups and past
@@ -38,8 +41,13 @@ constexpr int kFusedQuarters = kFusedDepth / kFusedQuarter;
 constexpr int kFusedPair = 2;  // tiles of a cluster
 constexpr int kFusedBox = 64;  // rows of x, y and E that move at a time: a warpgroup's
 
-enum class FusedKind { forward, backward, swiglu_backward };
-constexpr FusedKind kFusedKinds[] = {FusedKind::forward, FusedKind::backward, FusedKind::swiglu_backward};
+constexpr int kFusedSwigluColumns = 32;  // of gate, up and h that move at a time
+
+enum class FusedKind { forward, swiglu, backward, swiglu_backward };
+constexpr FusedKind kFusedKinds[] = {FusedKind::forward, FusedKind::swiglu, FusedKind::backward, FusedKind::swiglu_backward};
+constexpr bool is_backward(FusedKind kind) { return kind == FusedKind::backward || kind == FusedKind::swiglu_backward; }
+constexpr bool has_swiglu(FusedKind kind) { return kind == FusedKind::swiglu || kind == FusedKind::swiglu_backward; }
+constexpr int tile_columns(FusedKind kind) { return kind == FusedKind::swiglu ? kFusedColumns / 2 : kFusedColumns; }  // of y or h
 
 // What a launch can describe. Everything travels as its parameters (of which there may be 32,764 bytes), so that a captured graph
 // keeps it; their copy is part of every launch.
@@ -58,12 +66,13 @@ struct FusedTable {
   int32_t half = -1;  // the strip of at most 64 rows
   int32_t slots = 0;
   int32_t groups = 0;
-  int32_t parts = 1;                                // of the extension: 1 for backward
+  int32_t parts = 1;                                // of the extension: 1 for all but forward
   int32_t width = 0;                                // columns of E for one part, a multiple of kFusedDepth
   uint16_t slot_begin[kFusedStrips + 1] = {};       // [strips + 1]
   uint8_t slot_strip[kFusedSlots] = {};             // [slots]
   int8_t slot_group[kFusedSlots][kFusedPair] = {};  // [slots]: of either tile, -1: none; of a left-over strip [0]
-  uint8_t quarters[kFusedGroups][kMaxParts] = {};   // ceil(R / kFusedQuarter)
+  uint8_t quarters[kFusedGroups][kMaxParts] = {};   // ceil(R / kFusedQuarter); swiglu: of gate and up together
+  uint8_t gate[kFusedGroups] = {};                  // swiglu: of gate
 
   // First row of a strip's upper tile; a left-over strip has no other.
   __host__ __device__ int row(int strip) const {
@@ -92,15 +101,16 @@ struct FusedArgs {
   CUtensorMap x;              // [T, K]: x, or dy
   CUtensorMap w;              // [sum out, in]
   CUtensorMap y;              // [T, N]: y, dx, or h
-  CUtensorMap gate, up;       // [T, N] each: swiglu_backward
+  CUtensorMap gate, up;       // [T, N] each: swiglu, swiglu_backward
   CUtensorMap e;              // [slots * 256, parts * width]
-  CUtensorMap q[kFusedMaps];  // [groups * parts]: B [out, R], or A [sum R, in]
+  CUtensorMap q[kFusedMaps];  // [groups, maps]: B [out, R] of each part, or A [sum R, in]
   FusedTable table;
   FusedSchedule schedule;
   float* sums = nullptr;       // [places, 2 blocks, 2 warpgroups, kFusedSums], as the registers lie; as many places as clusters
   uint32_t* ready = nullptr;   // [places, 2, 2]: 1 when the sums are there; 0 before and after the launch
   const void* bias = nullptr;  // [N] or null
-  int32_t columns = 0;         // N
+  int32_t columns = 0;         // N: of y, dx or h
+  int32_t maps = 1;            // of a group
   int32_t column_tiles = 0;
   int32_t steps = 0;                      // over w: ceil(K / kFusedDepth)
   int32_t part_tile[kMaxParts + 1] = {};  // first column tile of each part
@@ -117,7 +127,7 @@ struct FusedWork {
 };
 constexpr int kFusedSums = 64 * kFusedColumns;  // of a warpgroup
 
-// Pairs of tiles that share column tiles while running side by side: about 8 x 8 pairs are under way, so each operand is read from
+// Pairs of tiles run side by side in bands along the longer side of y: about 8 x 8 are under way, so each operand is read from
 // memory once for eight.
 constexpr int kFusedBand = 8;
 
@@ -134,10 +144,13 @@ __host__ __device__ inline FusedWork fused_work(const FusedArgs& a, int item, in
   FusedWork work;
   const int left_over = item - t.pairs * a.column_tiles;
   if (left_over < 0) {
-    const int band = item / (kFusedBand * a.column_tiles), first = band * kFusedBand;
-    const int inside = item - first * a.column_tiles, rest = t.pairs - first, height = rest < kFusedBand ? rest : kFusedBand;
-    work.column = inside / height;
-    work.strip = first + inside - work.column * height;
+    const bool upright = a.column_tiles < t.pairs;  // bands of columns
+    const int length = upright ? t.pairs : a.column_tiles, width = upright ? a.column_tiles : t.pairs;
+    const int first = item / (kFusedBand * length) * kFusedBand, inside = item - first * length;
+    const int height = width - first < kFusedBand ? width - first : kFusedBand, along = inside / height;
+    const int across = first + inside - along * height;
+    work.column = upright ? across : along;
+    work.strip = upright ? along : across;
     work.row = t.row(work.strip) + rank * kFusedRows;
     work.part[0] = work.part[1] = part_of(work.column);
   } else {
@@ -169,6 +182,7 @@ struct FusedPackArgs {
   void* e = nullptr;
   int32_t row_begin[kFusedGroups] = {}, row_end[kFusedGroups] = {};
   int32_t rank[kFusedGroups][kMaxParts] = {};
+  int32_t column[kFusedGroups][kMaxParts] = {};  // of E, where a part begins
   float scale[kFusedGroups][kMaxParts] = {};
 };
 

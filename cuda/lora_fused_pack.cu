@@ -22,14 +22,16 @@ __global__ void __launch_bounds__(kLoraThreads) pack_kernel(const __grid_constan
   const int group = table.slot_group[slot][tile];
   uint4 to = {0, 0, 0, 0};
   if (group >= 0 && row >= a.row_begin[group] && row < a.row_end[group]) {
-    const int part = column / table.width, at = column - part * table.width;
-    if (at < a.rank[group][part]) {
-      int s_column = at;
-      for (int p = 0; p < part; ++p) s_column += a.rank[group][p];
-      const uint4 from = *reinterpret_cast<const uint4*>(static_cast<const T*>(a.s) + row * a.ld_s + s_column);
-      const float scale = a.scale[group][part];
-      const auto scaled = [&](uint32_t pair) { return pack2<T>(low_float<T>(pair) * scale, high_float<T>(pair) * scale); };
-      to = {scaled(from.x), scaled(from.y), scaled(from.z), scaled(from.w)};
+    int s_column = 0;
+    for (int part = 0; part < kMaxParts; ++part) {
+      const int at = column - a.column[group][part], rank = a.rank[group][part];
+      if (0 <= at && at < rank) {
+        const uint4 from = *reinterpret_cast<const uint4*>(static_cast<const T*>(a.s) + row * a.ld_s + s_column + at);
+        const float scale = a.scale[group][part];
+        const auto scaled = [&](uint32_t pair) { return pack2<T>(low_float<T>(pair) * scale, high_float<T>(pair) * scale); };
+        to = {scaled(from.x), scaled(from.y), scaled(from.z), scaled(from.w)};
+      }
+      s_column += rank;
     }
   }
   static_cast<uint4*>(a.e)[index] = to;

@@ -34,9 +34,9 @@ CUtensorMap TensorMaps::get(const TensorView& t, int64_t box_cols, int64_t box_r
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(t.ld) * 2};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows)}, step[2] = {1, 1};
   const CUtensorMapDataType type = t.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult status =
-      encode_(&map, type, 2, t.data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUtensorMapSwizzle swizzle = box_cols * 2 == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
+  const CUresult status = encode_(&map, type, 2, t.data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   require<DeviceError>(status == CUDA_SUCCESS, "[cuda] cuTensorMapEncodeTiled failed with ", static_cast<int>(status),
                        " for a matrix [", t.rows, ", ", t.cols, "] of rows ", t.ld, " apart");
   return maps_.emplace(key, map).first->second;

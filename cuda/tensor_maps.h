@@ -14,8 +14,8 @@ namespace loquetier::cuda {
 class TensorMaps {
  public:
   TensorMaps();  // throws DeviceError when the driver has no cuTensorMapEncodeTiled
-  // t [rows, cols] 16-bit, 16-byte aligned rows; a box is [box_rows, box_cols] with 128-byte swizzle (box_cols * 2 <= 128). What a
-  // box holds outside of t reads as zero.
+  // t [rows, cols] 16-bit, 16-byte aligned rows; a box is [box_rows, box_cols] with 128-byte swizzle (box_cols * 2 <= 128), or
+  // where it is 64 bytes wide with 64-byte swizzle. What a box holds outside of t reads as zero.
   CUtensorMap get(const TensorView& t, int64_t box_cols, int64_t box_rows);
 
  private:

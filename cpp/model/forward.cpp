@@ -57,8 +57,13 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
   adapted_linear(ops, weights.o, lora(Site::o), groups, keep.attn, keep.s[1], delta);
   ops.add_rms_norm(keep.x, delta, weights.post_norm, config.rms_norm_eps, keep.mid, norm);
 
-  adapted_linear(ops, weights.gate_up, lora(Site::gate_up), groups, norm, keep.s[2], keep.gate_up);
-  ops.swiglu(keep.gate_up, act);
+  const LinearWeights& gate_up = weights.gate_up;
+  if (gate_up.size() == 1 && gate_up[0].bias.empty()) {
+    ops.linear_lora_swiglu(norm, gate_up[0].w, lora(Site::gate_up), groups, keep.s[2], keep.gate_up, act);
+  } else {
+    adapted_linear(ops, gate_up, lora(Site::gate_up), groups, norm, keep.s[2], keep.gate_up);
+    ops.swiglu(keep.gate_up, act);
+  }
   if (output) {
     adapted_linear(ops, weights.down, lora(Site::down), groups, act, keep.s[3], delta);
   } else if (any_lora(groups)) {

@@ -351,6 +351,14 @@ class Ops {
 
   // y = silu(gate) * up.                                      gate_up [T, 2F] C (gate first); y [T, F] C
   virtual void swiglu(TensorView gate_up, TensorView y) = 0;
+  // linear_lora of gate and up in one matrix, without a bias, then swiglu: both outputs. One call so that a backend may compute h
+  // where gate_up still is at hand. x [T, in] C; w [2F, in] C; s [T, >= max_rank] C; gate_up [T, 2F] C; h [T, F] C
+  virtual void linear_lora_swiglu(TensorView x, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
+                                  TensorView gate_up, TensorView h) {
+    if (groups.count > 0 && groups.max_rank > 0) linear_lora(x, w, {}, linear, groups, s, gate_up);
+    else this->linear(x, w, {}, gate_up);
+    swiglu(gate_up, h);
+  }
   // dgate_up [T, 2F] may be gate_up itself.                   dy [T, F] C
   virtual void swiglu_backward(TensorView gate_up, TensorView dy, TensorView dgate_up) = 0;
   // Both, reading gate_up once: y [T, F] may be dy itself, dgate_up gate_up itself.

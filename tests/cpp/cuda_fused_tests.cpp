@@ -163,7 +163,42 @@ void check_backward(Rig& rig, const LoraShape& shape) {
   else expect("linear_lora_backward and its parts" + label, dx.get(), apart.get(), rig.bound(6e-6));
 }
 
+// The shape's first part as gate and, with the second part's ranks, as up.
+LoraShape of_gate_and_up(LoraShape shape) {
+  const bool both = shape.out.size() > 1;
+  shape.out = {shape.out[0], shape.out[0]};
+  for (GroupSpec& group : shape.groups) {
+    if (group.ranks.empty()) continue;
+    group.ranks = {group.ranks[0], both ? group.ranks[1] : group.ranks[0] / 2 / 8 * 8};
+  }
+  return shape;
+}
+
 // Against the reference, or where that would take too long against the single operations.
+void check_swiglu(Rig& rig, const LoraShape& shape, bool parts) {
+  const std::string label = std::string(" (") + shape.name + ")";
+  LoraRig lora(rig, shape.rows, shape.in, shape.out, shape.groups);
+  const int64_t rank = std::max(lora.max_rank, 8), columns = shape.out[0];
+  Host x = rig.random(shape.rows, shape.in), w = rig.random(lora.columns, shape.in, 4 / std::sqrt(static_cast<double>(shape.in)));
+  if (shape.rows > 0)  // saturated either way
+    for (int64_t j = 0; j < shape.in; ++j) x(0, j) *= 20;
+  OnDevice dx(rig, x), dw(rig, w), s(rig, shape.rows, rank), gate_up(rig, shape.rows, lora.columns), h(rig, shape.rows, columns);
+  run_twice({&s, &gate_up, &h}, [&] { rig.ops().linear_lora_swiglu(dx, dw, lora.linear, lora.groups, s, gate_up, h); });
+  Host want;
+  if (parts) {
+    OnDevice s2(rig, shape.rows, rank), apart(rig, shape.rows, lora.columns);
+    rig.ops().linear_lora(dx, dw, {}, lora.linear, lora.groups, s2, apart);
+    want = apart.get();
+  } else {
+    Host want_s(shape.rows, rank);
+    want = reference::linear(x, w, Host());
+    reference::lora_shrink(lora.host, x, want_s);
+    reference::lora_expand(lora.host, want_s, want);
+  }
+  expect("linear_lora_swiglu gate_up" + label, gate_up.get(), want, rig.bound(6e-6));
+  expect("linear_lora_swiglu h" + label, h.get(), reference::swiglu(gate_up.get()), rig.bound(5e-7));
+}
+
 void check_swiglu_backward(Rig& rig, const LoraShape& shape, bool parts) {
   const std::string label = std::string(" (") + shape.name + ")";
   LoraRig lora(rig, shape.rows, shape.in, shape.out, shape.groups);
@@ -231,6 +266,17 @@ TEST(linear_lora_against_the_reference) {
 TEST(linear_lora_backward_against_the_reference) {
   for_each_rig([](Rig& rig) {
     for (const LoraShape& shape : all_shapes(rig)) check_backward(rig, shape);
+  });
+}
+
+TEST(linear_lora_swiglu_against_the_reference) {
+  for_each_rig([](Rig& rig) {
+    for (const LoraShape& shape : fused_shapes()) check_swiglu(rig, of_gate_and_up(shape), false);
+    if (rig.exact()) return;
+    for (const LoraShape& shape : large_shapes()) check_swiglu(rig, of_gate_and_up(shape), true);
+    check_swiglu(rig, {"base rows alone", 2100, 520, {264, 264}, {}}, true);
+    if (rig.deterministic()) return;
+    for (const LoraShape& shape : divided_shapes()) check_swiglu(rig, of_gate_and_up(shape), true);
   });
 }
 
@@ -334,6 +380,13 @@ TEST(linear_lora_refuses_bad_shapes) {
     CHECK_THROWS(InvalidArgument, "s: expected at least 8 columns",
                  rig.ops().linear_lora(dx, dw, {}, lora.linear, lora.groups, narrow, good));
     CHECK(y.download() == before);
+
+    OnDevice both_s(rig, 4, 16), uneven(rig, 4, 15);
+    const auto as_made = uneven.download();
+    LoraRig both(rig, 4, 64, {16, 16}, {{0, 4, {8, 8}, 0}});
+    CHECK_THROWS(InvalidArgument, "expected [4, 16]",
+                 rig.ops().linear_lora_swiglu(dx, dw, both.linear, both.groups, both_s, good, uneven));
+    CHECK(uneven.download() == as_made);
 
     OnDevice dy(rig, 4, 32), ds(rig, 4, 8), wrong(rig, 4, 63);
     const auto untouched = wrong.download();
