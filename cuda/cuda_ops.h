@@ -110,7 +110,7 @@ class CudaOps final : public Ops {
   std::unique_ptr<StepGraph> capture(const std::function<void()>& work) override;
 
   void embedding(const int32_t* ids, TensorView table, TensorView y) override;
-  void take_tokens(const int32_t* tokens, const int32_t* index, int32_t* ids, int64_t n) override;
+  void take_tokens(const int32_t* const* from, int32_t* ids, int64_t n) override;
   void gather_rows(TensorView x, const int32_t* index, TensorView y) override;
   void scatter_add_rows(TensorView x, const int32_t* index, TensorView y) override;
   void convert(TensorView src, TensorView dst) override;

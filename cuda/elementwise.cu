@@ -27,9 +27,9 @@ __device__ inline bool place(int64_t rows, int64_t cols, int64_t& row, int64_t& 
   return true;
 }
 
-__global__ void take_tokens_kernel(const int32_t* tokens, const int32_t* index, int32_t* ids, int64_t n) {
+__global__ void take_tokens_kernel(const int32_t* const* from, int32_t* ids, int64_t n) {
   int64_t row, col;
-  if (place<1>(n, 1, row, col) && index[row] >= 0) ids[row] = tokens[index[row]];
+  if (place<1>(n, 1, row, col) && from[row] != nullptr) ids[row] = *from[row];
 }
 
 // y[i] = x[index[i]]
@@ -104,10 +104,10 @@ void CudaOps::embedding(const int32_t* ids, TensorView table, TensorView y) {
   gather_rows(table, ids, y);
 }
 
-void CudaOps::take_tokens(const int32_t* tokens, const int32_t* index, int32_t* ids, int64_t n) {
+void CudaOps::take_tokens(const int32_t* const* from, int32_t* ids, int64_t n) {
   if (n == 0) return;
   device_.use();
-  over(n, 1, stream())(take_tokens_kernel, tokens, index, ids, n);
+  over(n, 1, stream())(take_tokens_kernel, from, ids, n);
 }
 
 void CudaOps::gather_rows(TensorView x, const int32_t* index, TensorView y) {

@@ -44,7 +44,7 @@ class CpuOps : public Ops {
   DType compute_dtype() const override { return DType::f32; }
 
   void embedding(const int32_t* ids, TensorView table, TensorView y) override;
-  void take_tokens(const int32_t* tokens, const int32_t* index, int32_t* ids, int64_t n) override;
+  void take_tokens(const int32_t* const* from, int32_t* ids, int64_t n) override;
   void gather_rows(TensorView x, const int32_t* index, TensorView y) override;
   void scatter_add_rows(TensorView x, const int32_t* index, TensorView y) override;
   void convert(TensorView src, TensorView dst) override;

@@ -72,9 +72,9 @@ void CpuOps::embedding(const int32_t* ids, TensorView table, TensorView y) {
   for (int64_t t = 0; t < y.rows; ++t) std::memcpy(y.at(t), table.at(ids[t]), static_cast<size_t>(y.cols) * sizeof(float));
 }
 
-void CpuOps::take_tokens(const int32_t* tokens, const int32_t* index, int32_t* ids, int64_t n) {
+void CpuOps::take_tokens(const int32_t* const* from, int32_t* ids, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    if (index[i] >= 0) ids[i] = tokens[index[i]];
+    if (from[i] != nullptr) ids[i] = *from[i];
   }
 }
 

@@ -61,20 +61,20 @@ bool Engine::Impl::waits_to_go_ahead(const Plan& plan, double begin, uint64_t do
   return inbox.empty();
 }
 
-// For each segment of `next` the head row of the step under way that samples its last token, or -1. Both are in the order of rows,
+// For each segment of `next` where the step under way leaves its last token on the device, or null. Both are in the order of rows,
 // so each search goes on where the one before it ended.
-std::vector<int32_t> Engine::Impl::awaited_heads(const Plan& plan, const StepBatch& batch, const Plan& next) {
-  std::vector<int32_t> heads(next.segments.size(), -1);
+std::vector<const int32_t*> Engine::Impl::awaited_tokens(const Plan& plan, const StepBatch& batch, const Plan& next) {
+  std::vector<const int32_t*> tokens(next.segments.size(), nullptr);
   const size_t count = batch.heads.size();
   size_t at = 0;
-  for (size_t i = 0; i < heads.size(); ++i) {
+  for (size_t i = 0; i < tokens.size(); ++i) {
     for (size_t looks = 0; looks < count; ++looks, at = at + 1 == count ? 0 : at + 1) {
       if (plan.segments[static_cast<size_t>(batch.heads[at].segment)].id != next.segments[i].id) continue;
-      heads[i] = static_cast<int32_t>(at);
+      tokens[i] = batch.sampled.device + at;
       break;
     }
   }
-  return heads;
+  return tokens;
 }
 
 // Takes `next` when it is launched behind `plan`. False, and nothing was launched: the step has other rows than decodes, or needs
@@ -86,13 +86,13 @@ bool Engine::Impl::launch_behind(const Plan& plan, const StepBatch& batch, Plan&
   if (!decodes || next.forward_slices > 0 || next.backward_slices > 0 || !next.completed_jobs.empty()) return false;
   StepAhead step;
   WeightTableOfStep weights;
-  std::vector<int32_t> awaited;
+  std::vector<const int32_t*> awaited;
   StepContext context = context_of(weights);
   device.wait(c.uploaded);  // the tables on the host may be written again
   if (!advance_step(plan, batch, next, c.planner, options.page_size, c.metadata, c.ahead_results, step.batch)) {
     weights = weights_of(next);
     if (!std::ranges::all_of(weights, [](const auto& entry) { return entry.second->resident(); })) return false;
-    context.awaited = awaited = awaited_heads(plan, batch, next);
+    context.awaited = awaited = awaited_tokens(plan, batch, next);
     step.batch = build_step(next, context, c.metadata, c.ahead_results);
     if (!step.batch.decode) return false;
     reserve_step(next, step.batch);
@@ -102,7 +102,7 @@ bool Engine::Impl::launch_behind(const Plan& plan, const StepBatch& batch, Plan&
   note_rows(next, now());
   c.metadata.upload();
   c.uploaded = device.record();
-  c.ops->take_tokens(batch.view.sampled, step.batch.awaited, step.batch.ids, step.batch.view.rows);
+  c.ops->take_tokens(step.batch.awaited.from, step.batch.awaited.ids, step.batch.view.rows);
   StepOutcome all;
   run_forward(next, step.batch, context, all);
   prefetch();

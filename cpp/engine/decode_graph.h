@@ -44,6 +44,12 @@ struct DecodeCounts {
 };
 DecodeShape decode_shape(const DecodeCounts& counts, int32_t max_rank);
 
+// Ids that the step under way samples: those of rows whose `from` is not null. [rows] device, as Ops::take_tokens.
+struct AwaitedIds {
+  const int32_t* const* from = nullptr;
+  int32_t* ids = nullptr;
+};
+
 class DecodeGraphs {
  public:
   struct Counts {

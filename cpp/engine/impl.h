@@ -187,7 +187,7 @@ struct Engine::Impl {
   bool goes_ahead = false;  // the device works while the host does something else
   void launch_ahead(const Plan& plan, const StepBatch& batch, double begin, uint64_t done);
   bool waits_to_go_ahead(const Plan& plan, double begin, uint64_t done);
-  static std::vector<int32_t> awaited_heads(const Plan& plan, const StepBatch& batch, const Plan& next);
+  static std::vector<const int32_t*> awaited_tokens(const Plan& plan, const StepBatch& batch, const Plan& next);
   bool launch_behind(const Plan& plan, const StepBatch& batch, Plan& next);
   void finish_ahead();
   void drop_ahead();

@@ -304,7 +304,7 @@ void Engine::Impl::run_forward(const Plan& plan, StepBatch& batch, const StepCon
   Arena saved(c.saved_storage.data(), c.saved_storage.bytes());
   if (batch.decode) {
     c.graphs.run(view, *batch.decode, c.kv, scratch);
-    c.graphs.run_heads(view, *batch.decode, batch.tables.plain, scratch);
+    c.graphs.run_heads(view, *batch.decode, batch.plain, scratch);
   } else if (view.train_rows > 0 && slice_rows > 0) {
     run_chunk(plan, batch, context, scratch, outcome);
   } else {

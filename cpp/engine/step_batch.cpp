@@ -80,11 +80,10 @@ class Builder {
     pack_groups(in);
     pack_heads(in);
     pack_updates(in);
-    pack_awaited(in);
     step_.tables.filling = in.filling();
-    step_.tables.plain = sampling_.history.empty() && sampling_.bias_ids.empty() && sampling_.forbidden.empty() &&
-                         step_.top_columns == 0 && step_.sample_begin == 0 &&
-                         std::ranges::all_of(view().chunks, [](const HeadChunk& chunk) { return chunk.groups.count == 0; });
+    step_.plain = step_.decode && sampling_.history.empty() && sampling_.bias_ids.empty() && sampling_.forbidden.empty() &&
+                  step_.top_columns == 0 && step_.update_jobs.empty() &&
+                  std::ranges::all_of(view().chunks, [](const HeadChunk& chunk) { return chunk.groups.count == 0; });
     if (step_.decode) {
       for (const auto& [use, weights] : context_.weights) step_.weights.push_back(weights);
     }
@@ -254,9 +253,15 @@ class Builder {
     }
     step_.tables.positions = positions.host;
     step_.tables.slots = slots.host;
-    view().ids = step_.ids = ids.device;
+    view().ids = ids.device;
     view().positions = positions.device;
     view().kv_slots = slots.device;
+    if (!step_.decode) return;
+    const auto awaited = in.take<const int32_t*>(rows);
+    std::fill_n(awaited.host, rows, nullptr);
+    std::ranges::copy(context_.awaited, awaited.host);  // a row each
+    step_.tables.awaited = awaited.host;
+    step_.awaited = {awaited.device, ids.device};
   }
 
   // Keys and values of a chunk's examples lie in Saved, where the rows of their earlier chunks are just before.
@@ -480,19 +485,6 @@ class Builder {
                      jobs.device,    jobs.host,    static_cast<int32_t>(adam_jobs_.size())};
   }
 
-  // Behind all that a graph reads, whose places do not depend on it.
-  void pack_awaited(Blob& in) {
-    if (context_.awaited.empty()) return;
-    const auto rows = in.take<int32_t>(static_cast<size_t>(view().rows));
-    std::fill_n(rows.host, view().rows, -1);
-    for (size_t i = 0; i < plan_.segments.size(); ++i) {
-      const Segment& s = plan_.segments[i];
-      rows.host[s.row_begin + s.rows - 1] = context_.awaited[i];
-    }
-    step_.tables.awaited = rows.host;
-    step_.awaited = rows.device;
-  }
-
   const Plan& plan_;
   const StepContext& context_;
   StepBatch step_;
@@ -513,7 +505,7 @@ bool reads_history(const SamplingParams& p) {
 
 size_t metadata_bytes(const BatchCounts& n) {
   const size_t chunks = n.heads / static_cast<size_t>(kHeadSlice) + 4;
-  size_t bytes = n.rows * (4 * sizeof(int32_t) + sizeof(uint64_t));
+  size_t bytes = n.rows * (3 * sizeof(int32_t) + 2 * sizeof(uint64_t));
   bytes += n.segments * (16 * sizeof(int32_t) + 3 * sizeof(LoraGroup)) + n.paged * n.pages * sizeof(int32_t);
   bytes += (n.segments + chunks) * sizeof(LoraGroup) + n.samples * sizeof(SampleRow);
   bytes += n.heads * (sizeof(int32_t) + sizeof(LossRow) + sizeof(uint64_t)) + n.words * sizeof(int32_t);
@@ -547,7 +539,7 @@ StepBatch build_step(const Plan& plan, const StepContext& context, Blob& in, Blo
 bool advance_step(const Plan& plan, const StepBatch& batch, const Plan& next, const Planner& planner, int32_t page_size, Blob& in,
                   Blob& out, StepBatch& step) {
   const DecodeTables& tables = batch.tables;
-  if (!batch.decode || !tables.plain || !tables.awaited || tables.filling != in.filling()) return false;
+  if (!batch.plain || tables.filling != in.filling()) return false;
   const auto follows = [](const Segment& s, const Segment& before) {
     return s.id == before.id && s.adapter == before.adapter && s.version == before.version && s.position == before.position + 1;
   };
@@ -558,7 +550,7 @@ bool advance_step(const Plan& plan, const StepBatch& batch, const Plan& next, co
     tables.positions[i] = s.position;
     tables.kv_len[i] = s.position + 1;
     tables.sampling[i].index += 1;
-    tables.awaited[i] = static_cast<int32_t>(i);
+    tables.awaited[i] = batch.sampled.device + i;
     if (!s.new_pages) {
       tables.slots[i] += 1;
       continue;

@@ -34,9 +34,9 @@ struct StepContext {
   int32_t max_rank = 0;               // of one projection
   int32_t head_chunk = kHeadSlice;    // rows of a vocabulary product with a loss
   int32_t most_graph_rows = 0;        // steps of decodes alone up to this bucket are laid out for a graph; 0: none
-  // Beside the plan's segments, or empty: the head row of the step under way that samples the segment's last token, which is not
-  // known yet, or -1.
-  std::span<const int32_t> awaited = {};
+  // Beside the plan's segments, or empty: where on the device the step under way leaves the segment's last token, which is not
+  // known yet, or null.
+  std::span<const int32_t* const> awaited = {};
 };
 
 // Whether its tokens depend on all of those before, and not on the last one alone.
@@ -56,16 +56,16 @@ struct DecodeTables {
   int32_t* kv_len = nullptr;
   int32_t* page_table = nullptr;
   SampleRow* sampling = nullptr;
-  int32_t* awaited = nullptr;  // null: every id was known
-  bool plain = false;          // tokens are sampled from logits alone: no words, no log-probabilities of others, no adapter there
+  const int32_t** awaited = nullptr;
 };
 
 struct StepBatch {
   BatchView view;
   std::optional<DecodeShape> decode;  // the layout, when it is by buckets
-  int32_t* ids = nullptr;             // view.ids
-  const int32_t* awaited = nullptr;  // [view.rows] device: head row of the step under way that samples the row's id, or -1; or null
+  AwaitedIds awaited;                 // with `decode`
   DecodeTables tables;
+  bool plain = false;  // with `decode`: tokens are sampled from logits alone (no words, no log-probabilities of others, no adapter
+                       // there), and nothing else has results
   std::vector<std::shared_ptr<AdapterWeights>> weights;  // of the plan's adapters, with `decode`
   bool reads_history = false;                            // the sampling of some row depends on all tokens before
   std::vector<HeadRef> heads;                            // [view.head_count]

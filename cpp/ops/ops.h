@@ -254,9 +254,9 @@ class Ops {
 
   // y[t] = table[ids[t]].                                     ids [T] i32 device; table [V, H] C; y [T, H] C
   virtual void embedding(const int32_t* ids, TensorView table, TensorView y) = 0;
-  // ids[i] = tokens[index[i]] where index[i] >= 0: tokens that a step sampled are the input of the next one.
-  // tokens i32; index, ids [n] i32; all device
-  virtual void take_tokens(const int32_t* tokens, const int32_t* index, int32_t* ids, int64_t n) = 0;
+  // ids[i] = *from[i] where from[i] is not null: tokens that a step samples are the input of the next one.
+  // from [n] addresses, device; ids [n] i32 device
+  virtual void take_tokens(const int32_t* const* from, int32_t* ids, int64_t n) = 0;
   // y[i] = x[index[i]].                                       x [T, H] C; index [n] i32 device; y [n, H] C
   virtual void gather_rows(TensorView x, const int32_t* index, TensorView y) = 0;
   // y[index[i]] += x[i], indices distinct.                    x [n, H] C; index [n] i32 device; y [T, H] C

@@ -199,7 +199,7 @@ class FakeOps : public Ops {
   DType compute_dtype() const override { return dtype_; }
 
   void embedding(const int32_t*, TensorView, TensorView) override { none(); }
-  void take_tokens(const int32_t*, const int32_t*, int32_t*, int64_t) override { none(); }
+  void take_tokens(const int32_t* const*, int32_t*, int64_t) override { none(); }
   void gather_rows(TensorView, const int32_t*, TensorView) override { none(); }
   void scatter_add_rows(TensorView, const int32_t*, TensorView) override { none(); }
   void convert(TensorView, TensorView) override { none(); }

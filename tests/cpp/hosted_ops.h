@@ -40,8 +40,8 @@ class HostedOps : public Ops {
   void embedding(const int32_t* ids, TensorView table, TensorView y) override {
     run([=, this] { cpu_->embedding(ids, table, y); });
   }
-  void take_tokens(const int32_t* tokens, const int32_t* index, int32_t* ids, int64_t n) override {
-    run([=, this] { cpu_->take_tokens(tokens, index, ids, n); });
+  void take_tokens(const int32_t* const* from, int32_t* ids, int64_t n) override {
+    run([=, this] { cpu_->take_tokens(from, ids, n); });
   }
   void gather_rows(TensorView x, const int32_t* index, TensorView y) override {
     run([=, this] { cpu_->gather_rows(x, index, y); });

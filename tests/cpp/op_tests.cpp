@@ -47,8 +47,11 @@ TEST(take_tokens) {
         index.push_back(static_cast<int32_t>(rig.random_int(n + 1)) - 1);
         ids.push_back(i);
       }
-      ArrayOnDevice<int32_t> dtokens(rig, tokens), dindex(rig, index), dids(rig, ids);
-      rig.ops().take_tokens(dtokens.data(), dindex.data(), dids.data(), n);
+      ArrayOnDevice<int32_t> dtokens(rig, tokens), dids(rig, ids);
+      std::vector<const int32_t*> from;
+      for (const int32_t i : index) from.push_back(i < 0 ? nullptr : dtokens.data() + i);
+      ArrayOnDevice<const int32_t*> dfrom(rig, from);
+      rig.ops().take_tokens(dfrom.data(), dids.data(), n);
       for (size_t i = 0; i < ids.size(); ++i) ids[i] = index[i] < 0 ? ids[i] : tokens[static_cast<size_t>(index[i])];
       std::vector<int32_t> got(ids.size());
       rig.device().copy_to_host(got.data(), dids.data(), got.size() * sizeof(int32_t));
