@@ -102,10 +102,10 @@ bool Engine::Impl::launch_behind(const Plan& plan, const StepBatch& batch, Plan&
   note_rows(next, now());
   c.metadata.upload();
   c.uploaded = device.record();
-  c.ops->take_tokens(step.batch.awaited.from, step.batch.awaited.ids, step.batch.view.rows);
   StepOutcome all;
-  run_forward(next, step.batch, context, all);
+  run_forward(next, step.batch, context, c.ahead_results, all);
   prefetch();
+  if (!step.batch.plain) c.ahead_results.start_download();
   step.mark = device.record();
   const StepWork work = c.work;
   const double share = c.serving_share;
@@ -132,7 +132,7 @@ void Engine::Impl::finish_ahead() {
   c.serving_share = step.serving_share;
   const bool idle = c.ops->device().reached(step.mark);  // it is not known since when
   const double begin = idle ? entered : results_there;
-  finish(step.plan, step.batch, {}, begin);
+  finish(step.plan, step.batch, {}, begin, step.mark);
   observe(step.plan, begin, begin, !idle);
 }
 

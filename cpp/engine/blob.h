@@ -61,6 +61,7 @@ class Blob {
   void upload() {
     if (!device_->host_addressable() && used_ > 0) device_->copy_to_device(remote_.data(), host_.data(), used_);
   }
+  const void* host() const { return host_.data(); }
   void start_download() {  // there when a mark behind it is reached
     if (!device_->host_addressable() && used_ > 0) device_->start_copy_to_host(host_.data(), remote_.data(), used_);
   }

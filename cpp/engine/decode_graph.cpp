@@ -107,7 +107,8 @@ bool DecodeGraphs::replayed(Kept& kept, size_t most_kept, const Key& key, int re
   return recorded;
 }
 
-void DecodeGraphs::run(const BatchView& batch, const DecodeShape& shape, KvCache& kv, const Arena& scratch) {
+void DecodeGraphs::run(const BatchView& batch, const AwaitedIds& awaited, const DecodeShape& shape, KvCache& kv,
+                       const Arena& scratch) {
   if (const size_t workspace = ops_.workspace_bytes(); workspace != workspace_) {
     clear();
     workspace_ = workspace;
@@ -116,15 +117,19 @@ void DecodeGraphs::run(const BatchView& batch, const DecodeShape& shape, KvCache
   counts_.replays += replayed(layers_, most, key, 2, [&] {
     BatchView view = batch;
     view.groups = bounds(batch.groups, shape);
+    ops_.take_tokens(awaited.from, awaited.ids, view.rows);
     model_.decode_layers(view, kv, scratch);
   });
 }
 
-void DecodeGraphs::run_heads(const BatchView& batch, const DecodeShape& shape, bool plain, Arena& scratch) {
+void DecodeGraphs::run_heads(const BatchView& batch, const DecodeShape& shape, bool plain, Blob& results, Arena& scratch) {
   constexpr int kSteadySteps = 8;
-  const auto work = [&] { model_.decode_heads(batch, scratch); };
-  if (!plain) return work();
-  const Key key = {shape, batch.head_rows, scratch.data(), batch.head_count, batch.sampled};
+  if (!plain) return model_.decode_heads(batch, scratch);
+  const auto work = [&] {
+    model_.decode_heads(batch, scratch);
+    results.start_download();
+  };
+  const Key key = {shape, batch.head_rows, scratch.data(), batch.head_count, batch.sampled, results.host()};
   replayed(heads_, most_heads, key, kSteadySteps, work);
 }
 

@@ -3,8 +3,9 @@
 // What is in a graph is fixed when it is recorded: addresses, grids, counts. So such a step is laid out by buckets (DecodeShape):
 // rows, pages and groups are padded with entries that do nothing (a row without a slot, a sequence of no rows, a group without an
 // adapter), and the tables lie at the same places for the same shape. What launches are sized by is not the batch but the largest
-// one of its shape (bounds of DecodeGraphs), so adapters, ranks and their mix may change between replays. The heads are a graph of
-// their own, for the very number of rows, where every row is sampled from its logits alone; else they are launched as ever.
+// one of its shape (bounds of DecodeGraphs), so adapters, ranks and their mix may change between replays. The heads, and the way of
+// their results to the host, are a graph of their own, for the very number of rows, where every row is sampled from its logits
+// alone; else they are launched as ever.
 #pragma once
 
 #include <compare>
@@ -14,6 +15,7 @@
 #include <memory>
 #include <vector>
 
+#include "engine/blob.h"
 #include "model/model.h"
 #include "ops/ops.h"
 
@@ -62,11 +64,11 @@ class DecodeGraphs {
   bool enabled() const { return enabled_; }
   // All layers of a batch laid out by `shape`; its tables are uploaded. The same shape with tables and scratch at the same place is
   // recorded at its second occurrence: by then everything that is made at first use is there.
-  void run(const BatchView& batch, const DecodeShape& shape, KvCache& kv, const Arena& scratch);
-  // Then the heads. plain: what is launched depends on nothing but the number of rows and where tables and results lie. Recorded
-  // when that was so in some steps: with requests that come and go it changes often, and a recording costs as much as it saves in
-  // a few.
-  void run_heads(const BatchView& batch, const DecodeShape& shape, bool plain, Arena& scratch);
+  void run(const BatchView& batch, const AwaitedIds& awaited, const DecodeShape& shape, KvCache& kv, const Arena& scratch);
+  // Then the heads. plain: what is launched depends on nothing but the number of rows and where tables and results lie, and the
+  // results go to the host with it. Recorded when that was so in some steps: with requests that come and go it changes often, and a
+  // recording costs as much as it saves in a few.
+  void run_heads(const BatchView& batch, const DecodeShape& shape, bool plain, Blob& results, Arena& scratch);
   void clear();
   const Counts& counts() const { return counts_; }
   bool replay = true;  // false: the same launches without a graph (tests)
@@ -78,8 +80,8 @@ class DecodeGraphs {
     DecodeShape shape;
     const void* tables = nullptr;
     const void* scratch = nullptr;
-    int32_t heads = 0;              // of heads: how many rows
-    const void* results = nullptr;  // and where their results go
+    int32_t heads = 0;                                        // of heads: how many rows
+    const void *results = nullptr, *results_there = nullptr;  // and where their results go, on the device and then the host
     auto operator<=>(const Key&) const = default;
   };
   struct Entry {

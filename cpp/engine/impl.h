@@ -50,7 +50,7 @@ struct StepAhead {
   StepBatch batch;  // its results are in Core::ahead_results, its weights are pinned
   StepWork work;
   double serving_share = 0;
-  uint64_t mark = 0;  // of the device, behind it
+  uint64_t mark = 0;  // of the device, reached when its results are on the host
 };
 
 struct Core {
@@ -169,11 +169,11 @@ struct Engine::Impl {
   WeightTableOfStep weights_of(const Plan& plan);
   StepContext context_of(const WeightTableOfStep& weights) const;
   void reserve_step(const Plan& plan, const StepBatch& batch);
-  void run_forward(const Plan& plan, StepBatch& batch, const StepContext& context, StepOutcome& outcome);
+  void run_forward(const Plan& plan, StepBatch& batch, const StepContext& context, Blob& results, StepOutcome& outcome);
   void update(const StepBatch& batch);
   void prefetch();
   void reject_late();
-  void finish(const Plan& plan, const StepBatch& batch, StepOutcome outcome, double launching);
+  void finish(const Plan& plan, const StepBatch& batch, StepOutcome outcome, double launching, uint64_t done);
   std::vector<int64_t> commit(const Plan& plan, const StepOutcome& outcome);
   void collect(const Plan& plan, const StepBatch& batch, const std::vector<int64_t>& completed);
   void collect_losses(const Plan& plan, const StepBatch& batch);

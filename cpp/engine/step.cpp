@@ -231,7 +231,7 @@ void Engine::Impl::run(const Plan& plan) {
   const double launching = now();
 
   StepOutcome outcome;
-  if (batch.view.rows > 0) run_forward(plan, batch, context, outcome);
+  if (batch.view.rows > 0) run_forward(plan, batch, context, c.results, outcome);
   if (trace && batch.view.rows > 0) trace->event("forward", launching, now(), {{"rows", double(batch.view.rows)}});
   if (plan.forward_slices > 0) run_forward_slices(plan, context, outcome);
   mark("forward");
@@ -240,7 +240,9 @@ void Engine::Impl::run(const Plan& plan) {
   if (ended && batch.updates.job_count > 0) update(batch);
   mark("optimizer");
   prefetch();
-  finish(plan, batch, outcome, launching);
+  if (!batch.plain) c.results.start_download();
+  if (c.apart) c.chunk_results.start_download();
+  finish(plan, batch, outcome, launching, c.ops->device().record());
 }
 
 StepContext Engine::Impl::context_of(const WeightTableOfStep& weights) const {
@@ -253,13 +255,11 @@ StepContext Engine::Impl::context_of(const WeightTableOfStep& weights) const {
       options.max_lora_rank, head_rows, graph_rows};
 }
 
-// What was launched from `launching` on: launches the next step behind it where that can be, and takes its results.
-void Engine::Impl::finish(const Plan& plan, const StepBatch& batch, StepOutcome outcome, double launching) {
+// What was launched from `launching` on, and is done with its results on the host at the mark `done`: launches the next step behind
+// it where that can be, and takes its results.
+void Engine::Impl::finish(const Plan& plan, const StepBatch& batch, StepOutcome outcome, double launching, uint64_t done) {
   Core& c = *core;
   Device& device = c.ops->device();
-  c.results.start_download();
-  if (c.apart) c.chunk_results.start_download();
-  const uint64_t done = device.record();
   launch_ahead(plan, batch, launching, done);
   const double waiting = device.host_addressable() ? launching : now();  // there the calls returned when the work was done
   device.wait(done);
@@ -297,14 +297,15 @@ void Engine::Impl::reserve_step(const Plan& plan, const StepBatch& batch) {
   c.stats.arena_peak = std::max(c.stats.arena_peak, static_cast<int64_t>(saved.peak()));
 }
 
-void Engine::Impl::run_forward(const Plan& plan, StepBatch& batch, const StepContext& context, StepOutcome& outcome) {
+void Engine::Impl::run_forward(const Plan& plan, StepBatch& batch, const StepContext& context, Blob& results,
+                               StepOutcome& outcome) {
   Core& c = *core;
   const BatchView& view = batch.view;
   Arena scratch(c.scratch_storage.data(), c.scratch_storage.bytes());
   Arena saved(c.saved_storage.data(), c.saved_storage.bytes());
   if (batch.decode) {
-    c.graphs.run(view, *batch.decode, c.kv, scratch);
-    c.graphs.run_heads(view, *batch.decode, batch.plain, scratch);
+    c.graphs.run(view, batch.awaited, *batch.decode, c.kv, scratch);
+    c.graphs.run_heads(view, *batch.decode, batch.plain, results, scratch);
   } else if (view.train_rows > 0 && slice_rows > 0) {
     run_chunk(plan, batch, context, scratch, outcome);
   } else {

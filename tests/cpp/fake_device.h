@@ -61,8 +61,10 @@ class FakeDevice : public Device {
 
   // Work on the stream. Lazy: done at the wait for a mark behind it.
   bool lazy = false;
+  std::vector<std::function<void()>>* recording = nullptr;  // where work goes instead of being done
   void in_order(std::function<void()> work) {
-    if (!lazy) work();
+    if (recording) recording->push_back(std::move(work));
+    else if (!lazy) work();
     else queue_.push_back(std::move(work));
   }
   uint64_t record() override {

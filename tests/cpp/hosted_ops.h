@@ -25,14 +25,16 @@ class HostedOps : public Ops {
 
   std::unique_ptr<StepGraph> capture(const std::function<void()>& work) override {
     if (!records) return nullptr;
-    recording_ = std::make_unique<Recording>(device_);
+    auto recorded = std::make_unique<Recording>(device_);
+    device_.recording = &recorded->calls;
     try {
       work();
     } catch (...) {
-      recording_.reset();
+      device_.recording = nullptr;
       throw;
     }
-    return std::move(recording_);
+    device_.recording = nullptr;
+    return recorded;
   }
   bool records = true;
   int64_t calls = 0;  // made directly, not by a replay
@@ -144,12 +146,8 @@ class HostedOps : public Ops {
   };
   template <class F>
   void run(F call) {
-    if (recording_) {
-      recording_->calls.push_back(call);
-    } else {
-      ++calls;
-      device_.in_order(call);
-    }
+    calls += device_.recording == nullptr;
+    device_.in_order(call);
   }
 
   // The CPU reads tables where the host has them; a kernel reads those of the device when its turn comes.
@@ -206,7 +204,6 @@ class HostedOps : public Ops {
     return groups;
   }
 
-  std::unique_ptr<Recording> recording_;
   FakeDevice device_;
   std::unique_ptr<Ops> cpu_;
 };
