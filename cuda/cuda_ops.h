@@ -43,7 +43,7 @@ class CudaDevice final : public Device {
   void wait(uint64_t mark) override;
   bool reached(uint64_t mark) override;
   void side_copy_to_device(void* dst, const void* host, size_t bytes) override;
-  void side_follow() override;
+  void side_follow(uint64_t mark) override;
   uint64_t side_mark() override;
   void wait_for_side(uint64_t mark) override;
   void side_synchronize() override;
@@ -63,7 +63,6 @@ class CudaDevice final : public Device {
   // Marks of the side queue in a ring: a mark whose event was recorded again is behind the newer one, which is waited for instead.
   static constexpr uint64_t kSideMarks = 64;
   cudaStream_t side_ = nullptr;
-  cudaEvent_t followed_ = nullptr;  // the point of the stream that the side queue waits for
   cudaEvent_t side_marks_[kSideMarks] = {};
   uint64_t last_side_mark_ = 0;
 };

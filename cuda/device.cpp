@@ -86,7 +86,6 @@ CudaDevice::CudaDevice(int index) : index_(index) {
   processors_ = properties.multiProcessorCount;
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
   check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
-  check(cudaEventCreateWithFlags(&followed_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   for (cudaEvent_t& event : marks_) check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   for (cudaEvent_t& event : side_marks_)
     check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
@@ -98,7 +97,6 @@ CudaDevice::~CudaDevice() {
   cudaStreamSynchronize(stream_);
   for (const cudaEvent_t event : marks_) cudaEventDestroy(event);
   for (const cudaEvent_t event : side_marks_) cudaEventDestroy(event);
-  cudaEventDestroy(followed_);
   cudaStreamDestroy(side_);
   cudaStreamDestroy(stream_);
 }
@@ -179,11 +177,7 @@ void CudaDevice::side_copy_to_device(void* dst, const void* host, size_t bytes) 
   if (bytes > 0) check(cudaMemcpyAsync(dst, host, bytes, cudaMemcpyHostToDevice, side_), "cudaMemcpyAsync(to device, beside)");
 }
 
-void CudaDevice::side_follow() {
-  use();
-  check(cudaEventRecord(followed_, stream_), "cudaEventRecord");
-  check(cudaStreamWaitEvent(side_, followed_), "cudaStreamWaitEvent");
-}
+void CudaDevice::side_follow(uint64_t mark) { check(cudaStreamWaitEvent(side_, marks_[mark % kMarks]), "cudaStreamWaitEvent"); }
 
 uint64_t CudaDevice::side_mark() {
   use();

@@ -321,8 +321,8 @@ void AdapterPool::pin(std::span<const std::shared_ptr<AdapterWeights>> set) {
                              bytes + pinned, " (", pinned, " resident, ", bytes,
                              " to fetch); raise adapter_pool_bytes or use fewer adapters at once"));
   }
-  for (AdapterWeights* w : missing) s.allocate(*w);  // all of them: compaction moves what lies in the way
-  s.device.side_follow();  // what is to be overwritten is out of use, here and for what prefetch() finds until the next call
+  for (AdapterWeights* w : missing) s.allocate(*w);               // all of them: compaction moves what lies in the way
+  if (!missing.empty()) s.device.side_follow(s.device.record());  // what is to be overwritten is out of use
   for (AdapterWeights* w : missing) s.fetch(*w);
   for (AdapterWeights* w : pointers) {
     s.await(*w);
@@ -331,7 +331,7 @@ void AdapterPool::pin(std::span<const std::shared_ptr<AdapterWeights>> set) {
   pin.keep();
 }
 
-int64_t AdapterPool::prefetch(std::span<const std::shared_ptr<AdapterWeights>> next) {
+int64_t AdapterPool::prefetch(std::span<const std::shared_ptr<AdapterWeights>> next, uint64_t behind) {
   State& s = *state_;
   const std::lock_guard lock(s.mutex);
   std::vector<AdapterWeights*> pointers;
@@ -346,6 +346,7 @@ int64_t AdapterPool::prefetch(std::span<const std::shared_ptr<AdapterWeights>> n
     if (s.free_tables.empty() || !s.make_room(s.pool_bytes(*w), true)) break;
     if (s.first_fit(align(s.block_bytes(*w))) == State::kNowhere) break;  // moving blocks about is for when there is no other way
     s.allocate(*w);
+    if (started == 0) s.device.side_follow(behind);
     s.fetch(*w);
     w->last_used_ = ++s.clock;
     ++started;

@@ -43,8 +43,8 @@ class AdapterPool {
   void unpin(std::span<const std::shared_ptr<AdapterWeights>> set);
   // Starts to fetch, in this order, as many of `next` as find room beside what is pinned, without waiting for anything and without
   // making the stream wait: it does in the pin() that first uses them. Evicts idle ones that need no copy back. Returns how many
-  // were started. Called after pin() of the same step.
-  int64_t prefetch(std::span<const std::shared_ptr<AdapterWeights>> next);
+  // were started. Called after pin() of the same step; behind: a mark of the device, between that call and the step's work.
+  int64_t prefetch(std::span<const std::shared_ptr<AdapterWeights>> next, uint64_t behind);
 
   // The optimizer wrote the device block in place: the host tier is stale, the version is `version`.
   void mark_updated(AdapterWeights& weights, int64_t version);

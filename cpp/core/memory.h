@@ -45,7 +45,7 @@ class Device {
   // the queues there is only the order asked for here. The host memory must stay as it is until the copy is done. Where there is no
   // second queue all of it is the stream.
   virtual void side_copy_to_device(void* dst, const void* host, size_t bytes) { copy_to_device(dst, host, bytes); }
-  virtual void side_follow() {}               // the side queue goes on when the stream has done what it was given so far
+  virtual void side_follow(uint64_t) {}       // the side queue goes on when that mark is reached
   virtual uint64_t side_mark() { return 0; }  // the point behind what the side queue was given so far; 0: reached
   virtual void wait_for_side(uint64_t) {}     // the stream goes on when the side queue has reached that point
   virtual void side_synchronize() {}          // waits; any thread

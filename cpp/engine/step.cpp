@@ -340,7 +340,7 @@ void Engine::Impl::prefetch() {
     const auto& newest = c.adapters.at(use.adapter)->weights;
     if (newest->version() == use.version) next.push_back(newest);
   }
-  if (!next.empty()) c.pool.prefetch(next);
+  if (!next.empty()) c.pool.prefetch(next, c.uploaded);
 }
 
 // ---------------------------------------------------------------- results

@@ -269,7 +269,7 @@ class PoolCheck {
     std::vector<bool> before;
     for (const Tracked& t : all) before.push_back(t.weights->resident());
     const int64_t downloads = device_.downloads, copies = device_.side_copies, moves = device_.moves;
-    const int64_t started = pool->prefetch(next);
+    const int64_t started = pool->prefetch(next, device_.record());
     CHECK_EQ(device_.downloads, downloads);
     CHECK_EQ(device_.moves, moves);
     CHECK_EQ(device_.side_copies, copies + started);

@@ -88,7 +88,10 @@ class FakeDevice : public Device {
     ++side_copies;
     pending_.push_back({dst, host, bytes, 0});
   }
-  void side_follow() override { ++follows; }
+  void side_follow(uint64_t mark) override {
+    if (mark > last_recorded_) throw std::logic_error("side_follow: a mark that was not recorded");
+    ++follows;
+  }
   uint64_t side_mark() override {
     ++last_mark_;
     for (Pending& copy : pending_) copy.mark = copy.mark == 0 ? last_mark_ : copy.mark;
