@@ -92,6 +92,12 @@ int sequence_bucket(int64_t sequences) {
 constexpr int64_t kMostLimit = 8192;  // rows of a sequence; more empty places than measured might cost more
 constexpr double kWarmUpSeconds = 6;  // bounds warm_up(): its plans take about 3 s in a new process, 0.5 s later
 
+// Tables of ragged tensors: two of lengths, and of offsets.
+constexpr int kTables = 2 + RaggedTables::kOffsets;
+constexpr size_t table_bytes(int sequences) { return (static_cast<size_t>(sequences) + 1 + 63) / 64 * 64 * sizeof(int32_t); }
+constexpr int kMostKept = 64;  // sequences of a plan whose tables are kept
+constexpr size_t kKeptBytes = 2 * kTables * table_bytes(kMostKept);
+
 enum Uid : int64_t {
   kQ = 1,
   kK,
@@ -205,7 +211,7 @@ class CudnnPlans final : public AttentionPlans {
     tables.slot_elements = int64_t{shape.kv_heads} * shape.head_size;
     tables.max_pages = batch.max_pages;
     tables.plan_pages = pages;
-    std::byte* at = carve(tables, scratch, plan, int64_t{b} * pages);
+    std::byte* at = carve(tables, scratch, plan, int64_t{b} * pages, nullptr);
     tables.plan_table = reinterpret_cast<int32_t*>(at);
     if (dense) {
       pack[kQ] = q.at(batch.host_row_begin[first]);
@@ -218,7 +224,7 @@ class CudnnPlans final : public AttentionPlans {
     pack[kSeqKv] = tables.kv_len;
     pack[kTable] = pack[kTableV] = tables.plan_table;
     fill_ragged_tables(stream, tables);
-    execute(stream, plan, pack, scratch.get(0));
+    execute(stream, plan, pack, scratch);
   }
 
   void packed(cudaStream_t stream, Scratch& scratch, TensorView q, TensorView k, TensorView v, const PackedBatch& batch,
@@ -229,7 +235,8 @@ class CudnnPlans final : public AttentionPlans {
                                       {.q = q.ld, .k = k.ld, .v = v.ld, .out = out.ld, .lse = lse.ld});
     std::unordered_map<int64_t, void*> pack = {{kQ, q.data}, {kK, k.data}, {kV, v.data}, {kO, out.data}};
     RaggedTables tables = base_tables(batch.sequences, b, batch.q_begin, batch.q_rows, batch.kv_begin, batch.kv_rows);
-    carve(tables, scratch, plan, 0);
+    Kept* const kept = keeps(stream, b) ? &kept_[0] : nullptr;
+    carve(tables, scratch, plan, 0, kept);
     add_offset(tables, pack, kOffQ, q.ld, false);
     add_offset(tables, pack, kOffK, k.ld, true);
     add_offset(tables, pack, kOffV, v.ld, true);
@@ -240,8 +247,8 @@ class CudnnPlans final : public AttentionPlans {
     }
     pack[kSeqQ] = tables.q_len;
     pack[kSeqKv] = tables.kv_len;
-    fill_ragged_tables(stream, tables);
-    execute(stream, plan, pack, scratch.get(0));
+    fill(stream, scratch, tables, batch, kept);
+    execute(stream, plan, pack, scratch);
   }
 
   void backward(cudaStream_t stream, Scratch& scratch, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
@@ -255,7 +262,8 @@ class CudnnPlans final : public AttentionPlans {
     std::unordered_map<int64_t, void*> pack = {{kQ, q.data},     {kK, k.data},   {kV, v.data},   {kO, out.data}, {kStats, lse.data},
                                                {kDo, dout.data}, {kDq, dq.data}, {kDk, dk.data}, {kDv, dv.data}};
     RaggedTables tables = base_tables(batch.sequences, b, batch.q_begin, batch.q_rows, batch.kv_begin, batch.kv_rows);
-    carve(tables, scratch, plan, 0);
+    Kept* const kept = keeps(stream, b) ? &kept_[1] : nullptr;
+    carve(tables, scratch, plan, 0, kept);
     // Tensors with the same distance between rows share a table of offsets.
     const struct {
       Uid uid;
@@ -267,8 +275,8 @@ class CudnnPlans final : public AttentionPlans {
     for (const auto& item : all) add_offset(tables, pack, item.uid, item.ld, item.of_kv);
     pack[kSeqQ] = tables.q_len;
     pack[kSeqKv] = tables.kv_len;
-    fill_ragged_tables(stream, tables);
-    execute(stream, plan, pack, scratch.get(0));
+    fill(stream, scratch, tables, batch, kept);
+    execute(stream, plan, pack, scratch);
   }
 
  private:
@@ -397,9 +405,33 @@ class CudnnPlans final : public AttentionPlans {
     stream_ = stream;
   }
 
-  void execute(cudaStream_t stream, AttentionPlan& plan, std::unordered_map<int64_t, void*>& pack, void* workspace) {
+  void execute(cudaStream_t stream, AttentionPlan& plan, std::unordered_map<int64_t, void*>& pack, Scratch& scratch) {
     use_stream(stream);
-    check(plan.graph.execute(handle_, pack, workspace), "execution");
+    check(plan.graph.execute(handle_, pack, static_cast<std::byte*>(scratch.get(0)) + kKeptBytes), "execution");
+  }
+
+  // Packed sequences of the same lengths and places have the same tables, and all layers of a step ask for them: those of the last
+  // forward and of the last backward stay in front of the workspace.
+  struct Kept {
+    const void* place = nullptr;
+    std::vector<int64_t> of;  // what they were made of
+  };
+  // Not in a recording: what its replay writes would not be noticed.
+  static bool keeps(cudaStream_t stream, int b) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cuda::check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+    return status == cudaStreamCaptureStatusNone && b <= kMostKept;
+  }
+  static void fill(cudaStream_t stream, const Scratch& scratch, const RaggedTables& tables, const PackedBatch& batch, Kept* kept) {
+    if (kept) {
+      std::vector<int64_t> of = {static_cast<int64_t>(scratch.bytes()), tables.batch};  // when it grew all is lost
+      for (int o = 0; o < RaggedTables::kOffsets; ++o) of.insert(of.end(), {tables.ld[o], tables.of_kv[o]});
+      for (const int32_t* values : {batch.host_q_begin, batch.host_q_rows, batch.host_kv_begin, batch.host_kv_rows})
+        of.insert(of.end(), values, values + batch.sequences);
+      if (kept->place == tables.q_len && kept->of == of) return;
+      *kept = {tables.q_len, std::move(of)};
+    }
+    fill_ragged_tables(stream, tables);
   }
 
   Tensor tensor(fe::graph::Graph& graph, Uid uid, std::vector<int64_t> dims, std::vector<int64_t> strides) {
@@ -453,19 +485,19 @@ class CudnnPlans final : public AttentionPlans {
     tables.kv_rows = kv_rows;
     return tables;
   }
-  // Scratch: the plan's workspace first, then the tables, then `extra` int32.
+  // Scratch: tables that are kept, the plan's workspace, the tables of other calls, then `extra` int32.
   struct Layout {
     size_t workspace, table, bytes;
   };
   static Layout layout_of(const AttentionPlan& plan, int b, int64_t extra) {
-    const size_t workspace = (static_cast<size_t>(plan.workspace) + 255) / 256 * 256;
-    const size_t table = (static_cast<size_t>(b) + 1 + 63) / 64 * 64 * sizeof(int32_t);
-    return {workspace, table, workspace + table * (2 + RaggedTables::kOffsets) + static_cast<size_t>(extra) * sizeof(int32_t)};
+    const size_t workspace = (static_cast<size_t>(plan.workspace) + 255) / 256 * 256, table = table_bytes(b);
+    return {workspace, table, kKeptBytes + workspace + table * kTables + static_cast<size_t>(extra) * sizeof(int32_t)};
   }
   // Returns where `extra` may go.
-  static std::byte* carve(RaggedTables& tables, Scratch& scratch, const AttentionPlan& plan, int64_t extra) {
+  std::byte* carve(RaggedTables& tables, Scratch& scratch, const AttentionPlan& plan, int64_t extra, const Kept* kept) const {
     const auto [workspace, table, bytes] = layout_of(plan, tables.batch, extra);
-    std::byte* at = static_cast<std::byte*>(scratch.get(bytes)) + workspace;
+    std::byte* at = static_cast<std::byte*>(scratch.get(bytes));
+    at += kept ? (kept - kept_) * (kKeptBytes / 2) : kKeptBytes + workspace;
     const auto take = [&, step = table] {
       int32_t* p = reinterpret_cast<int32_t*>(at);
       at += step;
@@ -494,6 +526,7 @@ class CudnnPlans final : public AttentionPlans {
   cudnnHandle_t handle_ = nullptr;
   cudnnStatus_t (*set_stream_)(cudnnHandle_t, cudaStream_t) = nullptr;
   cudaStream_t stream_ = nullptr;  // the handle's
+  Kept kept_[2];                   // of forward, of backward
   std::map<PlanKey, std::unique_ptr<AttentionPlan>> plans_;
 };
 
