@@ -102,7 +102,7 @@ TEST(token_loss_of_a_bad_row_is_not_finite_and_poisons_its_gradient) {
 
 TEST(sample_against_the_reference) {
   for_each_rig([](Rig& rig) {
-    for (const int32_t vocabulary : {1, 33, 300, 3000}) {
+    for (const int32_t vocabulary : {1, 33, 300, 3000, 20011}) {
       constexpr int32_t kRows = 48;
       Host logits = rig.random(kRows, vocabulary, 3.0);
       for (int32_t j = 0; j + 3 < vocabulary; j += 5) logits(7, j) = logits(7, j + 3);  // ties
@@ -208,7 +208,7 @@ TEST(sample_draws_from_the_distribution) {
 
 TEST(sampled_logprob_equals_trained_logprob) {
   for_each_rig([](Rig& rig) {
-    for (const int64_t vocabulary : {777, 40, 5000, 33000}) {
+    for (const int64_t vocabulary : {777, 40, 5000, 33000, 128256, 420004}) {
       Host logits = rig.random(20, vocabulary, 3.0);
       OnDevice a(rig, logits, DType::f32), b(rig, logits, DType::f32);
       std::vector<SampleRow> rows(20);
