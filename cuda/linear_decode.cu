@@ -8,8 +8,9 @@
 //
 // With adapters (linear_decode_lora.cuh) the ring carries as much of W as it holds, the block's share of all A and more of W in
 // turns, the rest of W, and the tile's rows of B. The sums of the shrink cross between the blocks while W passes; three more warps
-// list the adapters at the start and bring s to shared memory for the expand, which adds to the same registers as W's product. A
-// launch without adapters has a kernel of its own: it runs from a cold instruction cache, and so a third of the code starts sooner.
+// list the adapters at the start and bring s to shared memory for the expand, which adds to the same registers as W's product.
+// Processors that have no tile take a larger share of the shrink. A launch without adapters has a kernel of its own. Both run from
+// a cold instruction cache, so code is kept short: what runs once is not unrolled, and divisions are quotient()s or the host's.
 //
 // One file because every part of the kernel works on the same ring.
 //
@@ -19,6 +20,7 @@
 #include <cuda.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "core/check.h"
 #include "cuda_ops.h"
@@ -39,10 +41,12 @@ constexpr int kBaseThreads = kConsumers + kWarp;      // and the warp that fetch
 constexpr int kAllThreads = kBaseThreads + kHelpers;  // without adapters in the batch the helpers are not launched
 constexpr int kSharedBytes = 216 * 1024;              // five stages of 224 rows of W and 64 of x; measured faster than 150 KB
 constexpr int kMostStages = 10;
+constexpr int64_t kMostColumns = 128 * 1024;  // of k: quotient() of the pieces of all tasks
+// Of the bytes of W of another block, in percent: what a block without a tile may have of A before the others get any.
+constexpr int kIdleShare = 60;
 constexpr int kTurn = 1;         // pieces of A between two of W; 2: the same, measured
 constexpr uint64_t kTile = 840;  // divisible by every number of splits
 static_assert(kTile % 8 == 0 && kTile % 7 == 0 && kTile % 5 == 0 && kTile % 3 == 0 && kMaxDecodeSplits == 8);
-enum NamedBarrier { kGroupBarrier = 1, kConsumerBarrier = 3, kHelperBarrier, kStagingFree, kSumsReady };
 
 template <int kM, int kRows>
 struct Tiling {
@@ -66,11 +70,11 @@ struct Cursor {
 struct Ring {
   uint64_t full[kMostStages], empty[kMostStages];
   ExpandStage expand[kMostStages];
+  uint64_t sums;  // arrival barrier
   uint32_t stages;
   int bytes, count;
   int open;  // pieces of A may go to the stages before this one
 
-  __device__ Cursor at(int stage) const { return {stage % count, static_cast<uint32_t>(stage / count) & 1}; }
   __device__ void next(Cursor& c) const {
     if (++c.place < count) return;
     c.place = 0;
@@ -93,38 +97,37 @@ struct DecodeArgs {
   int rows, n, k;
   int height;  // rows of W of a tile, a multiple of 16
   int tiles, splits;
-  int stages, stage;  // of the ring, and the bytes of one
-  float4* sums;       // [blocks][n-blocks of 16][row blocks of 8][lane]: of other shares of k
+  Equal pieces, s_rows, blocks;  // of k, rows of the batch, blocks of 16 columns of a tile: over the splits
+  int stages, stage;             // of the ring, and the bytes of one
+  float4* sums;                  // [tiles][splits][blocks of 16 columns][blocks of 8 rows][lane]
   uint64_t* tickets;  // [tiles] kTile for every launch that ended, and kTile / splits for every block that has laid down its sums
   AdapterArgs lora;
 };
 
-// What a block does: tiles first, first + step, …, of k the pieces [begin, end), the expand of the rows [from, to).
+// What a block does: tiles first, first + step, …, of k the pieces [begin, end), the expand of the rows [from, to). Of a launch
+// with adapters there may be blocks without a tile: all they do is a share of the shrink.
 struct Share {
-  int split, splits, first, step, tiles, begin, end, from, to;
+  int split, first, step, tiles, begin, end, from, to;
 
   __device__ explicit Share(const DecodeArgs& a)
-      : split(static_cast<int>(blockIdx.x) % a.splits),
-        splits(a.splits),
-        first(static_cast<int>(blockIdx.x) / a.splits),
-        step(static_cast<int>(gridDim.x) / a.splits),
-        tiles(a.tiles) {
-    const int all = (a.k + kK - 1) / kK;
-    begin = all * split / splits;
-    end = all * (split + 1) / splits;
-    from = a.rows * split / splits;
-    to = a.rows * (split + 1) / splits;
-  }
+      : split(static_cast<int>(blockIdx.x)),
+        first(static_cast<int>(blockIdx.y)),
+        step(static_cast<int>(gridDim.y)),
+        tiles(a.tiles),
+        begin(a.pieces.begin(split)),
+        end(first < tiles ? a.pieces.begin(split + 1) : begin),
+        from(a.s_rows.begin(split)),
+        to(a.s_rows.begin(split + 1)) {}
   __device__ int pieces() const { return end - begin; }
 };
+
+__device__ inline int block_of_launch() { return static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x); }
 
 // How the pieces of A are shared out, and which of them are this block's.
 struct OwnPieces : ShrinkShares {
   int first, count;
   __device__ OwnPieces(const DecodeArgs& a, const Adapters& all)
-      : ShrinkShares(all, (a.k + kPieceColumns - 1) / kPieceColumns, static_cast<int>(gridDim.x)),
-        first(begin(static_cast<int>(blockIdx.x))),
-        count(begin(static_cast<int>(blockIdx.x) + 1) - first) {}
+      : ShrinkShares(all, a.lora), first(begin(block_of_launch())), count(begin(block_of_launch() + 1) - first) {}
 };
 
 // The stages of a block's first tile: as much of W as the ring holds, which is asked for before the adapters are known, then A and
@@ -173,7 +176,7 @@ __device__ inline void fetch_stages(const CUtensorMap& w_map, const CUtensorMap&
     a_pieces = OwnPieces(a, all).count;
   }
   const Order order(a, share, a_pieces);
-  Cursor at = ring.at(first);
+  Cursor at = first < ring.count ? Cursor{first, 0} : Cursor{0, 1};
   if (lane == 0) {
     // This thread waits for every place in turn, also on behalf of the helpers: the parity of a barrier tells two phases apart, no
     // more.
@@ -189,9 +192,9 @@ __device__ inline void fetch_stages(const CUtensorMap& w_map, const CUtensorMap&
       ++i;
     }
   }
-  __syncwarp();
-  at = ring.at(order.count());
-  for (int tile = share.first;;) {
+  at.place = __shfl_sync(0xffffffffu, at.place, 0);
+  at.round = __shfl_sync(0xffffffffu, at.round, 0);
+  for (int tile = share.first; tile < a.tiles;) {
     if constexpr (kLora) fetch_b(all, part_of(a.lora.call, tile, a.height), a.height, share.from, share.to, ring, at);
     tile += share.step;
     if (tile >= a.tiles) return;
@@ -211,25 +214,12 @@ __device__ inline void fetch_stages(const CUtensorMap& w_map, const CUtensorMap&
 template <class T, int kM, int kRows>
 __device__ inline void help(const DecodeArgs& a, const Share& share, Adapters& all, Ring& ring, uint32_t staging) {
   using S = Tiling<kM, kRows>;
-  constexpr int kHelperWarps = kHelpers / kWarp;
   const int thread = static_cast<int>(threadIdx.x) - kBaseThreads, warp = thread / kWarp;
-  if (warp == 0) list_adapters(a.lora.call, all);
-  barrier_wait(all.listed, 0);
+  list_adapters(a.lora.call, all, thread);
   wait_for_previous();
-  if (thread == 0) all.mark = launch_mark(a.lora.counter);
-  named_barrier(kHelperBarrier, kHelpers);
-  if (thread == 0) end_of_mark(a.lora.counter);
   const OwnPieces own(a, all);
   const Order order(a, share, own.count);
 
-  const auto copy = [&](int i, uint32_t stage) {
-    const ShrinkTask task = find_task(all, (own.first + i) / own.pieces);
-    const int column = (own.first + i) % own.pieces * kPieceColumns;
-    copy_rows(stage, 0, task.ranks, static_cast<const uint16_t*>(task.group->a) + int64_t{task.rank_begin} * a.k, a.k, column, a.k);
-    copy_rows(stage, kTaskRanks, task.rows, static_cast<const uint16_t*>(a.lora.x) + task.row * a.lora.ld_x, a.lora.ld_x, column,
-              a.k);
-    commit_copies();
-  };
   int under_way = -1;  // place of the piece before
   const auto arrive = [&] {
     __syncwarp();
@@ -237,6 +227,9 @@ __device__ inline void help(const DecodeArgs& a, const Share& share, Adapters& a
     under_way = -1;
   };
   const auto open = [&](int stage) { return __all_sync(0xffffffffu, load_acquire(&ring.open) > stage); };
+  Cursor at;
+  int reached = 0;  // the stage of the cursor
+#pragma unroll 1
   for (int i = warp; i < own.count; i += kHelperWarps) {
     const int stage = order.of_a(i);
     while (!open(stage)) {  // perhaps until the piece before has been multiplied
@@ -244,8 +237,15 @@ __device__ inline void help(const DecodeArgs& a, const Share& share, Adapters& a
       wait_copies<0>();
       arrive();
     }
-    const Cursor at = ring.at(stage);
-    copy(i, ring.address(at));
+#pragma unroll 1
+    for (; reached < stage; ++reached) ring.next(at);
+    const int of = quotient(own.first + i, own.pieces), column = (own.first + i - of * own.pieces) * kPieceColumns;
+    const ShrinkTask task = find_task(all, of);
+    copy_rows(ring.address(at), 0, task.ranks, static_cast<const uint16_t*>(task.group->a) + int64_t{task.rank_begin} * a.k, a.k,
+              column, a.k);
+    copy_rows(ring.address(at), kTaskRanks, task.rows, static_cast<const uint16_t*>(a.lora.x) + task.row * a.lora.ld_x, a.lora.ld_x,
+              column, a.k);
+    commit_copies();
     wait_copies<1>();
     arrive();
     under_way = at.place;
@@ -271,7 +271,7 @@ struct Shrink {
   __device__ void begin(const OwnPieces& own) {
     left = own.count;
     pieces = own.pieces;
-    task = own.first / pieces;
+    task = quotient(own.first, pieces);
     task_left = (task + 1) * pieces - own.first;
   }
 
@@ -294,7 +294,7 @@ struct Shrink {
 #pragma unroll
       for (int w = 0; w < kConsumerWarps; ++w) total += scratch[w * kTaskSums + static_cast<int>(threadIdx.x)];
       const int rank = lane / 4 + warp / 2 * 8, row = lane % 4 * 2 + warp % 2;
-      lay_down(a.lora.sums + int64_t{task + static_cast<int>(blockIdx.x)} * kTaskSums + row * kTaskRanks + rank, total, all.mark);
+      lay_down(a.lora.sums + int64_t{task + block_of_launch()} * kTaskSums + row * kTaskRanks + rank, total, all.mark);
     }
     named_barrier(kConsumerBarrier, kConsumers);
     ++task;
@@ -334,71 +334,70 @@ __device__ inline uint64_t full_ticket(const DecodeArgs& a, const Share& share) 
   return (load_relaxed(a.tickets + share.first) / kTile + 1) * kTile;
 }
 
+// Lays down the block's sums, and brings those of its part from all shares of k to shared memory: split after split, `bytes` each.
 template <int kM, int kRows>
-__device__ inline void lay_down_sums(const DecodeArgs& a, const Share& share, const float (&sum)[kM][kRows / 2], uint64_t full) {
-  constexpr int kRowBlocks = kRows / 8;
+__device__ inline void exchange_sums(const DecodeArgs& a, const Share& share, const float (&sum)[kM][kRows / 2], uint64_t full,
+                                     Ring& ring, int first_block, uint32_t bytes) {
+  constexpr int kRowBlocks = kRows / 8, kBlockSums = kRowBlocks * kWarp, kTileSums = 8 * kM * kBlockSums;  // in fours
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  float4* mine = a.sums + int64_t{blockIdx.x} * 8 * kM * kRowBlocks * kWarp;
+  float4* tile = a.sums + int64_t{share.first} * a.splits * kTileSums;
+  float4* mine = tile + share.split * kTileSums + lane;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
     const int block = (warp / 4 * kM + m) * 4 + warp % 4;
 #pragma unroll
     for (int j = 0; j < kRowBlocks; ++j) {
       const float* c = sum[m] + 4 * j;
-      if (j * 8 < a.rows) mine[(block * kRowBlocks + j) * kWarp + lane] = {c[0], c[1], c[2], c[3]};
+      if (j * 8 < a.rows && block * 16 < a.height) mine[block * kBlockSums + j * kWarp] = {c[0], c[1], c[2], c[3]};
     }
   }
   named_barrier(kConsumerBarrier, kConsumers);
   if (threadIdx.x == 0) {
     raise_release(a.tickets + share.first, kTile / static_cast<uint64_t>(a.splits));
+    barrier_expect(ring.sums, bytes * static_cast<uint32_t>(a.splits));
     while (load_acquire(a.tickets + share.first) < full) {
     }
+    asm volatile("fence.proxy.async;" ::: "memory");  // the bulk copies see what was acquired
+#pragma unroll 1
+    for (int p = 0; p < a.splits; ++p)
+      bulk_load(ring.stages + static_cast<uint32_t>(p) * bytes, tile + p * kTileSums + first_block * kBlockSums, bytes, ring.sums,
+                kNoHint);
   }
-  named_barrier(kConsumerBarrier, kConsumers);
+  barrier_wait(ring.sums, 0);
 }
 
-// y of the n-blocks of 16 columns that this block adds up, of 8 kM in the tile.
+// The meeting: y of the blocks of 16 columns that this block adds up, of those in the tile.
 template <class T, int kM, int kRows>
-__device__ inline void add_up_sums(const DecodeArgs& a, const Share& share) {
-  constexpr int kRowBlocks = kRows / 8, kItems = 2;  // of a warp at a time
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, tile = share.first;
-  const int first = 8 * kM * share.split / a.splits, row_blocks = (a.rows + 7) / 8,
-            items = (8 * kM * (share.split + 1) / a.splits - first) * row_blocks;
+__device__ inline void add_up_sums(const DecodeArgs& a, const Share& share, const float (&sum)[kM][kRows / 2], uint64_t full,
+                                   Ring& ring) {
+  constexpr int kRowBlocks = kRows / 8;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int first = a.blocks.begin(share.split), items = (a.blocks.begin(share.split + 1) - first) * kRowBlocks;
+  const uint32_t bytes = static_cast<uint32_t>(items * kWarp) * sizeof(float4);
+  exchange_sums<kM, kRows>(a, share, sum, full, ring, first, bytes);
 #pragma unroll 1
-  for (int base = warp; base < items; base += kItems * kConsumerWarps) {
-    float total[kItems][4] = {};
-    int block[kItems], j[kItems];
-    const float4* from[kItems];
-    bool real[kItems];
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int item = base + i * kConsumerWarps;
-      real[i] = item < items;
-      block[i] = first + item / row_blocks;
-      j[i] = item % row_blocks;
-      from[i] = a.sums + ((int64_t{tile} * a.splits * 8 * kM + block[i]) * kRowBlocks + j[i]) * kWarp + lane;
-    }
-#pragma unroll 4
-    for (int p = 0; p < a.splits; ++p) {
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const float4 part = real[i] ? __ldcg(from[i] + int64_t{p} * 8 * kM * kRowBlocks * kWarp) : float4{0, 0, 0, 0};
-        total[i][0] += part.x;
-        total[i][1] += part.y;
-        total[i][2] += part.z;
-        total[i][3] += part.w;
-      }
+  for (int item = warp; item < items; item += kConsumerWarps) {
+    const int row = item % kRowBlocks * 8 + lane % 4 * 2,
+              column = share.first * a.height + (first + item / kRowBlocks) * 16 + lane / 4;
+    if (item % kRowBlocks * 8 >= a.rows) continue;
+    float total[4] = {};
+    uint32_t from = ring.stages + static_cast<uint32_t>(item * kWarp + lane) * 16;
+#pragma unroll 2
+    for (int p = 0; p < a.splits; ++p, from += bytes) {
+      const uint4 part = load_shared16(from);
+      total[0] += __uint_as_float(part.x);
+      total[1] += __uint_as_float(part.y);
+      total[2] += __uint_as_float(part.z);
+      total[3] += __uint_as_float(part.w);
     }
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
+    for (int high = 0; high < 2; ++high) {
+      if (column + 8 * high >= a.n) continue;
+      const float add = a.bias != nullptr ? to_float(static_cast<const T*>(a.bias)[column + 8 * high]) : 0.0f;
+      T* y = static_cast<T*>(a.y) + row * a.ld_y + column + 8 * high;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int row = j[i] * 8 + lane % 4 * 2 + e % 2, column = tile * a.height + block[i] * 16 + lane / 4 + e / 2 * 8;
-        if (!real[i] || row >= a.rows || column >= a.n) continue;
-        float value = total[i][e];
-        if (a.bias != nullptr) value += to_float(static_cast<const T*>(a.bias)[column]);
-        static_cast<T*>(a.y)[row * a.ld_y + column] = from_float<T>(value);
-      }
+      for (int odd = 0; odd < 2; ++odd)
+        if (row + odd < a.rows) y[odd * a.ld_y] = from_float<T>(total[2 * high + odd] + add);
     }
   }
 }
@@ -418,12 +417,14 @@ __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const Share share(a);
 
+  if (static_cast<int>(threadIdx.x) < a.stages) {
+    barrier_init(ring.full[threadIdx.x], 1);
+    barrier_init(ring.empty[threadIdx.x], kConsumerWarps);
+    barrier_init_fence();
+  }
   if (threadIdx.x == 0) {
-    for (int i = 0; i < a.stages; ++i) {
-      barrier_init(ring.full[i], 1);
-      barrier_init(ring.empty[i], kConsumerWarps);
-    }
-    if constexpr (kLora) barrier_init(all.listed, 1);
+    barrier_init(ring.sums, 1);
+    if constexpr (kLora) barrier_init(all.listed, kHelperWarps);
     barrier_init_fence();
     ring.stages = stages;
     ring.bytes = a.stage;
@@ -444,6 +445,11 @@ __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
   float sum[kM][kRows / 2];
   Cursor at;
   const uint64_t full = a.splits > 1 && threadIdx.x == 0 ? full_ticket(a, share) : 0;
+  if (kLora && threadIdx.x == kWarp) {
+    wait_for_previous();
+    all.mark = launch_mark(a.lora.counter);
+    end_of_mark(a.lora.counter, block_of_launch(), static_cast<int>(gridDim.x * gridDim.y));
+  }
   // The next `count` stages: pieces of W.
   const auto multiply = [&](int count) {
     if (count == 0) return;
@@ -469,7 +475,7 @@ __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
     wgmma_wait<0>();
     ring.release(before);
   };
-  for (int tile = share.first; tile < a.tiles; tile += share.step) {
+  for (int tile = share.first;; tile += share.step) {
     for (auto& part : sum)
       for (float& v : part) v = 0;
     int rest = share.pieces(), run = rest;
@@ -498,13 +504,13 @@ __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
       if (run == 0) break;
     }
     if constexpr (kLora) {
+      if (tile >= a.tiles) return;
       named_barrier(kSumsReady, kConsumers + kHelpers);
       expand<T, kM, kRows>(ring, at, staging, sum);
     }
 
     if (a.splits > 1) {  // one tile a block
-      lay_down_sums<kM, kRows>(a, share, sum, full);
-      add_up_sums<T, kM, kRows>(a, share);
+      add_up_sums<T, kM, kRows>(a, share, sum, full, ring);
       return;
     }
 
@@ -530,6 +536,7 @@ __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
     named_barrier(kGroupBarrier + group, 128);
     constexpr int kVectors = 64 * kM / 8;  // of a row
     const int first = group * kM * 64, column = tile * a.height + first;
+#pragma unroll 2
     for (int i = static_cast<int>(threadIdx.x) % 128; i < a.rows * kVectors; i += 128) {
       const int row = i / kVectors, vector = i % kVectors;
       if (first + vector * 8 >= a.height || column + vector * 8 >= a.n) continue;
@@ -553,8 +560,18 @@ void launch_decode(TensorMaps& maps, TensorView x, TensorView w, DecodeArgs args
   args.stages = std::min((kSharedBytes - staging) / args.stage, kMostStages);
   const int read = (args.stages - 1) * args.stage + S::most * kK * 2;  // by wgmma, also behind the rows of a lower tile
   const int shared = std::max(args.stages * args.stage + staging, read) + 1024;
-  const int blocks = args.splits > 1 ? args.tiles * args.splits : std::min(args.tiles, processors);
-  Launch launch{dim3(static_cast<unsigned>(blocks)),
+  const auto equal = [&](int things) { return Equal{things / args.splits, things % args.splits}; };
+  args.pieces = equal(static_cast<int>(ceil_div(args.k, kK)));
+  args.s_rows = equal(args.rows);
+  args.blocks = equal(args.height / 16);
+  // Processors without a tile help with the shrink.
+  const int with_tile = std::min(args.tiles, processors / args.splits), most = processors / args.splits,
+            all = kLora ? most : with_tile;
+  args.lora.pieces = static_cast<int>(ceil_div(args.k, kPieceColumns));
+  args.lora.busy = with_tile * args.splits;
+  args.lora.idle = (all - with_tile) * args.splits;
+  args.lora.ahead = args.lora.idle * (kIdleShare * args.pieces.each * args.stage / kPieceBytes / 100);
+  Launch launch{dim3(static_cast<unsigned>(args.splits), static_cast<unsigned>(all)),
                 dim3(static_cast<unsigned>(kLora ? kAllThreads : kBaseThreads)),
                 static_cast<size_t>(shared),
                 stream,
@@ -565,38 +582,32 @@ void launch_decode(TensorMaps& maps, TensorView x, TensorView w, DecodeArgs args
 }
 
 struct Way {
-  int m = 2;
-  int splits = 1;
+  int m = 2, splits = 1, height = 256;
 };
 
-// Tile and shares of k, as measured on an H200: one wave of blocks, shares of at least eight stages. The sums of many rows cost
-// their way through memory, so those take the smaller tile, which needs fewer shares; without shares the larger one reads x less
-// often.
-Way way_of(int64_t rows, int64_t n, int64_t k, int rank, int processors) {
-  const auto with = [&](int m) {
-    const int64_t tiles = ceil_div(n, 128 * m);
-    return Way{m, static_cast<int>(std::clamp<int64_t>(std::min(processors / tiles, k / (8 * kK)), 1, kMaxDecodeSplits))};
+// Tile and shares of k: one wave of blocks, shares of at least eight stages, and then what costs a block least time by its bytes of
+// W and, from the L2, of x and of sums. A tile lies in one part of an adapter.
+Way way_of(int64_t rows, int64_t n, int64_t k, int rank, const LoraCall& call, int processors) {
+  const auto whole = [&](int height) {
+    bool all = true;
+    for (int p = 0; p + 1 < call.parts && call.count > 0; ++p) all = all && call.out[p] % height == 0;
+    return all;
   };
-  const auto blocks = [&](const Way& way) {  // of a wave, on average
-    const int64_t all = ceil_div(n, 128 * way.m) * way.splits;
-    return all / ceil_div(all, processors);
-  };
-  const Way large = with(2), small = with(1);
-  if (rank > Tiling<1, 64>::max_rank) return large;
-  if (large.splits == 1 || rows <= 32) return blocks(small) > blocks(large) + blocks(large) / 8 ? small : large;
-  return blocks(large) > blocks(small) + blocks(small) / 4 ? large : small;
-}
-
-// Rows of W of a tile: fewer than it could have where that brings more processors to work, one tile each. A tile lies in one part.
-int height_of(const Way& way, int64_t n, const LoraCall& call, int processors) {
-  const int most = 128 * way.m;
-  if (way.splits > 1 || ceil_div(n, most) > processors) return most;
-  for (int height = std::max(static_cast<int>(ceil_div(ceil_div(n, processors), 16)) * 16, most / 2); height < most; height += 16) {
-    bool whole = true;
-    for (int p = 0; p + 1 < call.parts && call.count > 0; ++p) whole = whole && call.out[p] % height == 0;
-    if (whole) return height;
+  Way best;
+  double least = INFINITY;
+  for (int splits = 1; splits <= kMaxDecodeSplits && (splits == 1 || k >= int64_t{splits} * 8 * kK); ++splits) {
+    int height = std::max(static_cast<int>(ceil_div(ceil_div(n, processors / splits), 16)) * 16, 64);
+    while (height <= 256 && !whole(height)) height += 16;
+    if (height > 256) continue;
+    const int m = height <= 128 && rank <= Tiling<1, 64>::max_rank ? 1 : 2;
+    // In bytes of W: of x, which comes from the L2, half; the meeting of the shares has its time, and its bytes pass it twice; the
+    // larger tile multiplies for longer.
+    const double x = 0.5 * static_cast<double>(rows), sums = splits > 1 ? 24e3 + 3 * static_cast<double>(rows * height) : 0,
+                 time = (height + x) * static_cast<double>(k) / splits * (m == 2 ? 1.1 : 1) + sums;
+    if (time < least) least = time, best = {m, splits, height};
   }
-  return most;
+  if (least == INFINITY && !whole(best.height)) best = {rank <= Tiling<1, 64>::max_rank ? 1 : 2, 1, 128};
+  return best;
 }
 
 }  // namespace
@@ -605,33 +616,30 @@ bool decode_linear(TensorMaps& maps, void* workspace, TensorView x, TensorView w
                    const DecodeLora& lora, int processors, cudaStream_t stream) {
   const auto aligned = [](const TensorView& t) { return aligned16(t.data) && t.ld % 8 == 0; };
   if (x.rows > kMaxDecodeRows || x.cols % 8 != 0 || w.rows % 8 != 0 || !aligned(x) || !aligned(w) || !aligned(y)) return false;
-  if (lora.rank > Tiling<2, 64>::max_rank) return false;
-  const Way way = way_of(x.rows, w.rows, x.cols, lora.rank, processors);
-  const int height = height_of(way, w.rows, lora.call, processors);
+  if (lora.rank > Tiling<2, 64>::max_rank || x.cols > kMostColumns) return false;
+  const Way way = way_of(x.rows, w.rows, x.cols, lora.rank, lora.call, processors);
   if (lora.call.count > 0) {
     for (int p = 0; p < lora.call.parts; ++p)
-      if (p + 1 < lora.call.parts && lora.call.out[p] % height != 0) return false;  // a tile lies in one part
+      if (p + 1 < lora.call.parts && lora.call.out[p] % way.height != 0) return false;  // a tile lies in one part
   }
   // The workspace: sums of splits, sums of s, tickets, the counter.
   std::byte* const sums = static_cast<std::byte*>(workspace);
   std::byte* const s_sums = sums + static_cast<size_t>(processors) * kDecodeSums;
   uint64_t* const tickets =
       reinterpret_cast<uint64_t*>(s_sums + (static_cast<size_t>(processors) + kMostDecodeTasks) * kDecodeTask);
-  const DecodeArgs args = {
-      y.data,
-      y.ld,
-      bias,
-      static_cast<int>(x.rows),
-      static_cast<int>(w.rows),
-      static_cast<int>(x.cols),
-      height,
-      0,
-      way.splits,
-      0,
-      0,
-      reinterpret_cast<float4*>(sums),
-      tickets,
-      {lora.call, x.data, x.ld, lora.s.data, lora.s.ld, reinterpret_cast<uint64_t*>(s_sums), tickets + processors}};
+  DecodeArgs args = {};
+  args.y = y.data;
+  args.ld_y = y.ld;
+  args.bias = bias;
+  args.rows = static_cast<int>(x.rows);
+  args.n = static_cast<int>(w.rows);
+  args.k = static_cast<int>(x.cols);
+  args.height = way.height;
+  args.splits = way.splits;
+  args.sums = reinterpret_cast<float4*>(sums);
+  args.tickets = tickets;
+  args.lora = {lora.call, x.data, x.ld, lora.s.data, lora.s.ld, reinterpret_cast<uint64_t*>(s_sums), tickets + processors, 0,
+               0,         0,      0};
   const auto launch = [&]<class T, bool kLora, int kRows>() {
     if (way.m == 2) launch_decode<T, kLora, 2, kRows>(maps, x, w, args, processors, stream);
     else launch_decode<T, kLora, 1, kRows>(maps, x, w, args, processors, stream);

@@ -24,8 +24,30 @@ constexpr int kTaskRows = 8, kTaskRanks = 16, kTaskSums = kTaskRows * kTaskRanks
 static_assert(kTaskSums * sizeof(uint64_t) == kDecodeTask);
 // Threads that list the adapters and add up s. With one warp more there are 13, four of them on a quarter of the processor, and
 // then 128 registers a thread in place of 168, which the expand does not fit.
-constexpr int kHelpers = 3 * kWarp;
+constexpr int kHelperWarps = 3, kHelpers = kHelperWarps * kWarp;
+// a / b for a < 2^20: six instructions (the next whole number is further away than what the division may be off).
+__device__ inline int quotient(int a, int b) {
+  return static_cast<int>(__fdividef(static_cast<float>(a) + 0.5f, static_cast<float>(b)));
+}
+
+// Things dealt out evenly, in order: the first `more` shares have one more than `each`.
+struct Equal {
+  int each = 0, more = 0;
+  __host__ __device__ int begin(int share) const { return share * each + min(share, more); }
+  __device__ int owner(int thing) const {
+    const int larger = more * (each + 1);
+    const bool first = thing < larger;
+    return (first ? 0 : more) + quotient(thing - (first ? 0 : larger), first ? each + 1 : max(each, 1));
+  }
+};
+__device__ inline Equal deal_out(int things, int shares) {
+  const int each = quotient(things, shares);
+  return {each, things - each * shares};
+}
+
 constexpr uint64_t kLaunch = uint64_t{1} << 20;  // what all blocks of a launch together add to the counter
+
+enum NamedBarrier { kGroupBarrier = 1, kConsumerBarrier = 3, kHelperBarrier, kStagingFree, kSumsReady };
 
 // The groups of the batch that have rows and ranks here, in the order of their rows.
 struct Adapters {
@@ -39,8 +61,9 @@ struct Adapters {
   int first_task[kMaxDecodeRows];
   int8_t owner[kMaxDecodeRows];  // group of a row; -1: none
   int count, tasks;
-  uint32_t mark;    // of the launch
-  uint64_t listed;  // arrival barrier
+  int listing[kHelperWarps];  // what the warps that list have found
+  uint32_t mark;              // of the launch
+  uint64_t listed;            // arrival barrier
 };
 
 // What is the same for all blocks of a launch.
@@ -52,6 +75,9 @@ struct AdapterArgs {
   int64_t ld_s;
   uint64_t* sums;     // [tasks + blocks][kTaskRows][kTaskRanks], a sum and above it the mark of the launch it is from
   uint64_t* counter;  // kLaunch for every launch before this one
+  int pieces;         // of k
+  int busy, idle;     // blocks with a tile, and behind them those without
+  int ahead;          // pieces that the idle ones together may have before the busy ones get any
 };
 
 // A number, the same in all blocks, that the next 2^32 - 2 launches do not have; never 0. Each block raises the counter once it has
@@ -59,39 +85,34 @@ struct AdapterArgs {
 __device__ inline uint32_t launch_mark(const uint64_t* counter) {
   return static_cast<uint32_t>(load_acquire(counter) / kLaunch % 0xffffffffu) + 1;
 }
-__device__ inline void end_of_mark(uint64_t* counter) {
-  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-  atomicAdd(reinterpret_cast<unsigned long long*>(counter), kLaunch * (block + 1) / blocks - kLaunch * block / blocks);
+__device__ inline void end_of_mark(uint64_t* counter, int block, int blocks) {
+  const uint64_t each = quotient(static_cast<int>(kLaunch), blocks);
+  atomicAdd(reinterpret_cast<unsigned long long*>(counter), block > 0 ? each : kLaunch - each * (blocks - 1));
 }
 __device__ inline void lay_down(uint64_t* to, float sum, uint32_t mark) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(uint64_t{mark} << 32 | __float_as_uint(sum)) : "memory");
 }
 
-// By one warp. Two trips to memory, each made for 64 groups at a time.
-__device__ inline void list_adapters(const LoraCall& call, Adapters& all) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+// By the helpers. Two trips to memory, each made for all groups at once.
+__device__ inline void list_adapters(const LoraCall& call, Adapters& all, int thread) {
+  const int warp = thread / kWarp, lane = thread % kWarp;
   const uint64_t policy = keep_policy();
-  for (int row = lane; row < kMaxDecodeRows; row += kWarp) all.owner[row] = -1;
-  __syncwarp();
-  int count = 0, tasks = 0;
+  if (thread < kMaxDecodeRows) all.owner[thread] = -1;
+  int found = 0;  // groups, and above them tasks
+  constexpr int kTasks = 1 << 8;
 #pragma unroll 1
-  for (int base = 0; base < call.count; base += 2 * kWarp) {
-    uint64_t place[2] = {}, sites[2] = {};  // row_begin and rows; sites
-    Adapters::Group entry[2] = {};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int g = base + half * kWarp + lane;
-      if (g >= call.count) continue;
-      place[half] = load_kept(call.groups + g, policy);
-      sites[half] = load_kept(&call.groups[g].sites, policy);
+  for (int base = 0; base < call.count; base += kHelpers) {
+    Adapters::Group group;
+    const int g = base + thread;
+    uint64_t place = 0, sites = 0;  // row_begin and rows; sites
+    if (g < call.count) {
+      place = load_kept(call.groups + g, policy);
+      sites = load_kept(&call.groups[g].sites, policy);
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Adapters::Group& group = entry[half];
-      group.row = static_cast<int>(static_cast<uint32_t>(place[half]));
-      group.rows = static_cast<int>(place[half] >> 32);
-      if (sites[half] == 0 || group.rows == 0) continue;
-      const LoraPart* parts = reinterpret_cast<const LoraSite*>(sites[half])[call.site].part;
+    group.row = static_cast<int>(static_cast<uint32_t>(place));
+    group.rows = static_cast<int>(place >> 32);
+    if (sites != 0 && group.rows > 0) {
+      const LoraPart* parts = reinterpret_cast<const LoraSite*>(sites)[call.site].part;
 #pragma unroll
       for (int p = 0; p < kMaxParts; ++p) {
         static_assert(offsetof(LoraPart, scale) == offsetof(LoraPart, rank) + 4);
@@ -103,44 +124,56 @@ __device__ inline void list_adapters(const LoraCall& call, Adapters& all) {
         part.rank = static_cast<int32_t>(both);
         part.scale = __uint_as_float(static_cast<uint32_t>(both >> 32));
       }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Adapters::Group& group = entry[half];
 #pragma unroll
       for (int p = 0; p < kMaxParts; ++p) {
         if (group.a == nullptr && group.site.part[p].rank > 0) group.a = group.site.part[p].a;
         group.ranks += group.site.part[p].rank;
       }
-      const int own = (group.rows + kTaskRows - 1) / kTaskRows * ((group.ranks + kTaskRanks - 1) / kTaskRanks);
-      const unsigned real = __ballot_sync(0xffffffffu, own > 0);
-      const int sum = warp_prefix_sum(own);
-      if (own > 0) {
-        const int at = count + __popc(real & ((1u << lane) - 1));
-        all.of[at] = group;
-        all.first_task[at] = tasks + sum - own;
-        for (int i = 0; i < group.rows; ++i) all.owner[group.row + i] = static_cast<int8_t>(at);
-      }
-      count += __popc(real);
-      tasks += __shfl_sync(0xffffffffu, sum, kWarp - 1);
     }
+    const int tasks = (group.rows + kTaskRows - 1) / kTaskRows * ((group.ranks + kTaskRanks - 1) / kTaskRanks);
+    const int own = tasks * kTasks + (tasks > 0 ? 1 : 0), sum = warp_prefix_sum(own);
+    if (lane == kWarp - 1) all.listing[warp] = sum;
+    named_barrier(kHelperBarrier, kHelpers);
+    int at = found + sum - own;
+#pragma unroll
+    for (int w = 0; w < kHelperWarps; ++w) {
+      if (w < warp) at += all.listing[w];
+      found += all.listing[w];
+    }
+    if (tasks > 0) {
+      all.of[at % kTasks] = group;
+      all.first_task[at % kTasks] = at / kTasks;
+#pragma unroll 1
+      for (int i = 0; i < group.rows; ++i) all.owner[group.row + i] = static_cast<int8_t>(at % kTasks);
+    }
+    named_barrier(kHelperBarrier, kHelpers);
   }
-  if (lane == 0) {
-    all.count = count;
-    all.tasks = tasks;
+  if (thread == 0) {
+    all.count = found % kTasks;
+    all.tasks = found / kTasks;
   }
   __syncwarp();
   if (lane == 0) barrier_arrive(all.listed);
+  barrier_wait(all.listed, 0);
 }
 
-// How the pieces of all tasks are shared out: the first `workers` blocks have some.
+// The pieces of all tasks in one line: the busy blocks have the first ones, the idle blocks the rest.
 struct ShrinkShares {
-  int pieces;  // of one task
-  int total, workers;
-  __device__ ShrinkShares(const Adapters& all, int task_pieces, int blocks)
-      : pieces(task_pieces), total(all.tasks * task_pieces), workers(min(blocks, total)) {}
-  __device__ int begin(int block) const { return block < workers ? static_cast<int>(int64_t{total} * block / workers) : total; }
-  __device__ int block_of(int piece) const { return ((piece + 1) * workers - 1) / total; }
+  int pieces;         // of one task
+  int blocks, total;  // of the busy ones
+  Equal busy, idle;
+  __device__ ShrinkShares(const Adapters& all, const AdapterArgs& a) : pieces(a.pieces), blocks(a.busy) {
+    const int line = all.tasks * pieces, left = max(line - a.ahead, 0);
+    // The busy ones their part of what is left, in whole pieces each.
+    total = a.idle > 0 ? min(quotient(left + a.busy + a.idle - 1, a.busy + a.idle) * a.busy, line) : line;
+    busy = deal_out(total, a.busy);
+    if (a.idle > 0) idle = deal_out(line - total, a.idle);
+  }
+  __device__ int begin(int block) const { return block < blocks ? busy.begin(block) : total + idle.begin(block - blocks); }
+  __device__ int block_of(int piece) const {
+    const bool first = piece < total;
+    return (first ? 0 : blocks) + (first ? busy : idle).owner(piece - (first ? 0 : total));
+  }
 };
 
 struct ShrinkTask {
@@ -160,7 +193,7 @@ __device__ inline ShrinkTask find_task(const Adapters& all, int task) {
   }
   const Adapters::Group& group = all.of[behind - 1];
   const int in = task - all.first_task[behind - 1], chunks = (group.ranks + kTaskRanks - 1) / kTaskRanks,
-            row = in / chunks * kTaskRows, rank = in % chunks * kTaskRanks;
+            of_rows = quotient(in, chunks), row = of_rows * kTaskRows, rank = (in - of_rows * chunks) * kTaskRanks;
   return {&group, group.row + row, min(kTaskRows, group.rows - row), rank, min(kTaskRanks, group.ranks - rank)};
 }
 
@@ -178,7 +211,7 @@ __device__ inline void copy_rows(uint32_t piece, int first, int rows, const void
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const uint16_t* row = static_cast<const uint16_t*>(from) + column + 8 * lane;
   const bool low = column + 8 * lane < k, high = column + 8 * (lane + kWarp) < k;
-#pragma unroll 4
+#pragma unroll 1
   for (int i = 0; i < rows; ++i, row += ld) {
     copy16(piece + piece_unit(first + i, lane), low ? row : from, low);
     copy16(piece + piece_unit(first + i, lane + kWarp), high ? row + 8 * kWarp : from, high);
@@ -296,66 +329,65 @@ __device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int he
     first_group += __popc(__ballot_sync(kAll, real && all.of[i].row + all.of[i].rows <= from));
     groups += __popc(__ballot_sync(kAll, real && from < to && all.of[i].row < to));
   }
+#pragma unroll 1
   for (int base = first_group; base == first_group || base < groups; base += kWarp) {
     LoraPart matrix;
-    int row = 0, rows = 0;
+    int row = 0, row_end = 0;
     if (base + lane < groups) {
       const Adapters::Group& group = all.of[base + lane];
       matrix = group.site.part[tile.part];
       row = max(group.row, from);
-      rows = min(group.row + group.rows, to) - row;
+      row_end = min(group.row + group.rows, to);
     }
-    const int room = matrix.rank > 0 ? min(height, ring.bytes / (2 * matrix.rank) / 16 * 16) : 0;  // rows of B of a unit
-    const int units = matrix.rank > 0 ? (tile.rows + room - 1) / room : 0, end = warp_prefix_sum(units),
-              total = __shfl_sync(kAll, end, kWarp - 1);
-    for (int first = 0; first == 0 || first < total; first += kWarp) {
-      int of = 0;  // the lane whose group has this lane's unit
-#pragma unroll
-      for (int step = kWarp / 2; step > 0; step /= 2)
-        if (__shfl_sync(kAll, end, of + step - 1) <= first + lane) of += step;
-      const int rank = __shfl_sync(kAll, matrix.rank, of), unit_rows = __shfl_sync(kAll, room, of),
-                begin = (first + lane - __shfl_sync(kAll, end - units, of)) * unit_rows;
-      const int rows_begin = __shfl_sync(kAll, row, of), rows_end = rows_begin + __shfl_sync(kAll, rows, of),
-                items = (rows_end + 7) / 8 - rows_begin / 8, items_end = warp_prefix_sum(items);
-      const float scale = __shfl_sync(kAll, matrix.scale, of);
-      const auto b = reinterpret_cast<const uint16_t*>(__shfl_sync(kAll, reinterpret_cast<uint64_t>(matrix.b), of)) +
-                     int64_t{tile.column + begin} * rank;
-      const int here = min(kWarp, total - first), bytes = lane < here ? unit_rows * rank * 2 : 0, sum = warp_prefix_sum(bytes);
-      int done = 0;
-      do {
-        const int before = done > 0 ? __shfl_sync(kAll, sum, done - 1) : 0,
-                  items_before = done > 0 ? __shfl_sync(kAll, items_end, done - 1) : 0;
-        const bool fits = lane >= done && lane < min(here, done + kMostUnits) && sum - before <= ring.bytes;
-        const int count = __popc(__ballot_sync(kAll, fits));
-        const int size = fits ? min(unit_rows, tile.rows - begin) * rank * 2 : 0, copied = warp_sum(size);
-        ring.wait_empty(at);
-        async_fence();  // a piece of A may have been there
-        ExpandStage& stage = ring.expand[at.place];
-        if (fits) {
-          const auto place = static_cast<uint32_t>(sum - bytes - before);
-          for (int j = 0; j < items; ++j) {
-            const int block = rows_begin / 8 + j, low = max(rows_begin - 8 * block, 0), high = min(rows_end - 8 * block, 8);
-            stage.items[items_end - items - items_before + j] = {scale,
-                                                                 place,
-                                                                 static_cast<int16_t>(rank),
-                                                                 static_cast<int16_t>(begin),
-                                                                 static_cast<int16_t>(unit_rows),
-                                                                 static_cast<uint8_t>(block),
-                                                                 static_cast<uint8_t>((1 << high) - (1 << low))};
-          }
-          bulk_load(ring.address(at) + place, b, static_cast<uint32_t>(size), ring.full[at.place], kStreamOnce);
+    const bool real = matrix.rank > 0;
+    const int row_bytes = matrix.rank * 2, bytes = height * row_bytes, items = real ? (row_end + 7) / 8 - row / 8 : 0;
+    const auto b = static_cast<const std::byte*>(matrix.b) + int64_t{tile.column} * row_bytes;
+    const int bytes_end = warp_prefix_sum(bytes), items_end = warp_prefix_sum(items), here = min(kWarp, max(groups - base, 1));
+    int done = 0, begin = 0;  // groups, and rows of the next one's B that went before: of one too large for a stage
+#pragma unroll 1
+    do {
+      const int before = __shfl_sync(kAll, bytes_end - bytes, done), items_before = __shfl_sync(kAll, items_end - items, done);
+      bool mine = lane >= done && lane < min(here, done + kMostUnits) && bytes_end - before <= ring.bytes;
+      const int whole = __popc(__ballot_sync(kAll, mine));
+      int w_rows = height;
+      if (whole == 0) {
+        mine = lane == done;
+        w_rows = real ? quotient(ring.bytes, row_bytes) / 16 * 16 : 0;
+      }
+      const int size = mine ? min(w_rows, tile.rows - begin) * row_bytes : 0,
+                copied = static_cast<int>(__reduce_add_sync(kAll, size));
+      const int items_here = static_cast<int>(__reduce_add_sync(kAll, mine ? items : 0));
+      ring.wait_empty(at);
+      async_fence();  // a piece of A may have been there
+      ExpandStage& stage = ring.expand[at.place];
+      if (mine && real) {
+        const auto place = static_cast<uint32_t>(whole == 0 ? 0 : bytes_end - bytes - before);
+        ExpandItem* item = stage.items + (items_end - items - items_before);
+#pragma unroll 1
+        for (int block = row / 8; block * 8 < row_end; ++block) {
+          const int low = max(row - 8 * block, 0), high = min(row_end - 8 * block, 8);
+          *item++ = {matrix.scale,
+                     place,
+                     static_cast<int16_t>(matrix.rank),
+                     static_cast<int16_t>(begin),
+                     static_cast<int16_t>(w_rows),
+                     static_cast<uint8_t>(block),
+                     static_cast<uint8_t>((1 << high) - (1 << low))};
         }
-        done += count;
-        const int items_here = done > 0 ? __shfl_sync(kAll, items_end, done - 1) - items_before : 0;
-        if (lane == 0) {
-          stage.count = items_here;
-          stage.last = base + kWarp >= groups && first + kWarp >= total && done >= here;
-        }
-        __syncwarp();
-        if (lane == 0) barrier_expect(ring.full[at.place], static_cast<uint32_t>(copied));
-        ring.next(at);
-      } while (done < here);
-    }
+        bulk_load(ring.address(at) + place, b + int64_t{begin} * row_bytes, static_cast<uint32_t>(size), ring.full[at.place],
+                  kStreamOnce);
+      }
+      begin = whole > 0 ? 0 : begin + __shfl_sync(kAll, w_rows, done);
+      if (begin >= tile.rows) begin = 0;
+      done += whole > 0 ? whole : begin == 0 ? 1 : 0;
+      if (lane == 0) {
+        stage.count = items_here;
+        stage.last = base + kWarp >= groups && done >= here;
+      }
+      __syncwarp();
+      if (lane == 0) barrier_expect(ring.full[at.place], static_cast<uint32_t>(copied));
+      ring.next(at);
+    } while (done < here);
   }
 }
 
