@@ -74,6 +74,26 @@ TEST(every_step_once) {
   CHECK(!fused_strips(32769, *args));
 }
 
+// Items lie in bands along the longer side, and left-over strips have two tiles an item.
+TEST(every_tile_once) {
+  const auto args = std::make_unique<FusedArgs>();
+  for (const int64_t rows : {1, 129, 192, 256, 513, 1216, 2112, 4385, 8192, 32768}) {
+    for (const int column_tiles : {1, 2, 3, 7, 8, 9, 16, 24, 31, 32, 33, 112, 512}) {
+      args->table = {};
+      args->column_tiles = args->part_tile[1] = column_tiles;
+      CHECK(fused_strips(rows, *args));
+      std::vector<int> times(static_cast<size_t>(args->table.strips * column_tiles), 0);
+      for (int item = 0; item < fused_items(*args); ++item) {
+        const FusedWork upper = fused_work(*args, item, 0), lower = fused_work(*args, item, 1);
+        CHECK(upper.strip == lower.strip && lower.row == upper.row + (upper.wide ? 0 : kFusedRows));
+        ++times[static_cast<size_t>(upper.strip * column_tiles + upper.column)];
+        if (upper.wide && lower.column < column_tiles) ++times[static_cast<size_t>(lower.strip * column_tiles + lower.column)];
+      }
+      CHECK(std::all_of(times.begin(), times.end(), [](int n) { return n == 1; }));
+    }
+  }
+}
+
 // Rows by which a batch of training with decodes exceeds whole pairs of tiles: 2,112 rows of 4,096 columns fill the 66 clusters of
 // an H200 twice, as 2,048 rows nearly do.
 TEST(left_over_rows_fill_the_last_turn) {
