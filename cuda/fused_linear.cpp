@@ -163,7 +163,7 @@ int32_t FusedLinear::run(FusedKind kind, const LoraLinear& linear, LoraGroups gr
   device_.use();
   args.x = maps_.get(x, kFusedDepth, kFusedBox);
   args.w = maps_.get(w, kFusedDepth, backward ? kFusedDepth : kFusedColumns / kFusedPair);
-  const int64_t block = gate_up.empty() ? kFusedDepth : kFusedSwigluColumns;
+  const int64_t block = block_columns(kind);
   args.y = maps_.get(y, block, kFusedBox);
   if (!gate_up.empty()) {
     args.gate = maps_.get(gate_up.slice_cols(0, y.cols), block, kFusedBox);
@@ -177,7 +177,7 @@ int32_t FusedLinear::run(FusedKind kind, const LoraLinear& linear, LoraGroups gr
     const int64_t e_rows = int64_t{table.slots} * kFusedPair * kFusedRows, e_columns = int64_t{table.parts} * table.width;
     void* e = e_.get(static_cast<size_t>(e_rows * e_columns) * size_of(dtype_));
     args.e = maps_.get(matrix(e, dtype_, e_rows, e_columns), kFusedDepth, kFusedBox);
-    encode_maps(kind, linear, groups, args);
+    encode_maps(kind, linear, groups, pack, args);
     pack.table = table;
     pack.s = s.data;
     pack.ld_s = s.ld;
@@ -193,34 +193,32 @@ int32_t FusedLinear::run(FusedKind kind, const LoraLinear& linear, LoraGroups gr
 
 // Maps of every (group, part). The kernel reads the entry of a part that a group leaves alone too, outside of the matrix: it gets
 // another group's map.
-void FusedLinear::encode_maps(FusedKind kind, const LoraLinear& linear, const LoraGroups& groups, FusedArgs& args) {
+void FusedLinear::encode_maps(FusedKind kind, const LoraLinear& linear, const LoraGroups& groups, const FusedPackArgs& pack,
+                              FusedArgs& args) {
   const auto map = [&](const void* data, int64_t rows, int64_t columns, int64_t box_rows) {
     return maps_.get(matrix(const_cast<void*>(data), dtype_, rows, columns), kFusedDepth, box_rows);
   };
   const CUtensorMap* some = nullptr;
-  bool alone[kFusedMaps] = {};
   int32_t n = 0;
   for (int32_t g = 0; g < groups.count; ++g) {
     const LoraSite* site = site_of(groups.host_groups[g], linear);
     if (site == nullptr || rank_of(*site, linear) == 0) continue;
     for (int p = 0; p < args.maps; ++p) {
+      if (pack.rank[n][p] == 0) continue;
       CUtensorMap& to = args.q[n * args.maps + p];
       if (is_backward(kind)) {
         const void* a = nullptr;  // the parts' A are one matrix
         for (int i = linear.parts - 1; i >= 0; --i) a = site->part[i].rank > 0 ? site->part[i].a : a;
-        to = map(a, rank_of(*site, linear), linear.in, kFusedDepth);
-      } else if (site->part[p].rank > 0) {
-        to = map(site->part[p].b, linear.out[p], site->part[p].rank, tile_columns(kind));
+        to = map(a, pack.rank[n][p], linear.in, kFusedDepth);
       } else {
-        alone[n * args.maps + p] = true;
-        continue;
+        to = map(site->part[p].b, linear.out[p], pack.rank[n][p], tile_columns(kind));
       }
       if (some == nullptr) some = &to;
     }
     ++n;
   }
   for (int32_t i = 0; i < n * args.maps; ++i)
-    if (alone[i]) args.q[i] = *some;
+    if (pack.rank[i / args.maps][i % args.maps] == 0) args.q[i] = *some;
 }
 
 }  // namespace loquetier::cuda

@@ -32,7 +32,7 @@ class FusedLinear {
  private:
   int32_t run(FusedKind kind, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,
               TensorView s, TensorView y, TensorView gate_up = {});
-  void encode_maps(FusedKind kind, const LoraLinear& linear, const LoraGroups& groups, FusedArgs& args);
+  void encode_maps(FusedKind kind, const LoraLinear& linear, const LoraGroups& groups, const FusedPackArgs& pack, FusedArgs& args);
 
   CudaDevice& device_;
   DType dtype_;

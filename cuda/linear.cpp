@@ -248,7 +248,7 @@ void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const Lor
   expect("linear_lora", "y", y, y.dtype == DType::f32 ? DType::f32 : dtype_, x.rows, w.rows);
   require(bias.data == nullptr || y.dtype == dtype_, "[linear_lora] y: expected ", name_of(dtype_), " with a bias, got ",
           name_of(y.dtype));
-  if (groups.count == 0 || groups.max_rank == 0 || x.rows == 0) {
+  if (!any_lora(groups) || x.rows == 0) {
     linear_onto(x, w, bias, y, false);
     return;
   }
@@ -308,7 +308,7 @@ void CudaOps::linear_lora_swiglu(TensorView x, TensorView w, const LoraLinear& l
   expect(op, "gate_up", gate_up, dtype_, x.rows, w.rows);
   require(linear.parts == 2 && linear.out[0] == linear.out[1], "[", op, "] linear: expected two parts as wide as one another");
   expect(op, "h", h, dtype_, x.rows, linear.out[0]);
-  const bool lora = groups.count > 0 && groups.max_rank > 0;
+  const bool lora = any_lora(groups);
   if (deterministic_ || (lora ? !many_rows(groups, x.rows) : x.rows < kManyBaseRows))
     return Ops::linear_lora_swiglu(x, w, linear, groups, s, gate_up, h);
   if (lora) {
@@ -332,7 +332,7 @@ void CudaOps::linear_lora_backward(TensorView dy, TensorView w, const LoraLinear
   expect("linear_lora_backward", "dy", dy, dtype_, -1, columns_of(linear));
   expect("linear_lora_backward", "w", w, dtype_, columns_of(linear), linear.in);
   expect("linear_lora_backward", "dx", dx, dtype_, dy.rows, linear.in);
-  if (groups.count == 0 || groups.max_rank == 0 || dy.rows == 0) {
+  if (!any_lora(groups) || dy.rows == 0) {
     linear_backward(dy, w, dx, false);
     return;
   }

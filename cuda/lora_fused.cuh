@@ -322,7 +322,7 @@ __device__ inline void consume(const FusedArgs& a, Shared<T>& shared, int rank, 
         else pass();
       }
     }
-    if (!mine || steps == 0) return;
+    if (!mine || steps == 0) return;  // where these paths meet ptxas adds a wait (C7517): nothing runs any more, it costs nothing
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(sums);
     release(last);

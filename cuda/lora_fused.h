@@ -1,9 +1,8 @@
 // Base product and LoRA as one product with a longer sum, for large groups:
 //   forward    y  = [x | E] [w | B]^T      E: scale * s of each part, B [out, R] of the rows' group and the columns' part
 //   backward   dx = [dy | E] [w ; A]       E: ds, A [sum R, in] of the rows' group
-//   swiglu     forward of gate and up, where h = silu(gate) * up comes out too: a tile is 128 columns of gate and the same of up,
-//   and
-//              their E stand side by side in one
+//   swiglu     forward of gate and up, where h = silu(gate) * up comes out too: a tile is 128 columns of either, and the E of both
+//              stand side by side in one
 //   swiglu_backward   backward, where dx is dh, the gradient of h = swiglu(gate_up): it stays in registers, gate_up becomes its own
 //              gradient and h comes out
 // A tile of 128 rows runs its steps over w, then ceil(R / 64) more for every group that stands in it, the last of them only as many
@@ -41,13 +40,12 @@ constexpr int kFusedQuarters = kFusedDepth / kFusedQuarter;
 constexpr int kFusedPair = 2;  // tiles of a cluster
 constexpr int kFusedBox = 64;  // rows of x, y and E that move at a time: a warpgroup's
 
-constexpr int kFusedSwigluColumns = 32;  // of gate, up and h that move at a time
-
 enum class FusedKind { forward, swiglu, backward, swiglu_backward };
 constexpr FusedKind kFusedKinds[] = {FusedKind::forward, FusedKind::swiglu, FusedKind::backward, FusedKind::swiglu_backward};
 constexpr bool is_backward(FusedKind kind) { return kind == FusedKind::backward || kind == FusedKind::swiglu_backward; }
 constexpr bool has_swiglu(FusedKind kind) { return kind == FusedKind::swiglu || kind == FusedKind::swiglu_backward; }
 constexpr int tile_columns(FusedKind kind) { return kind == FusedKind::swiglu ? kFusedColumns / 2 : kFusedColumns; }  // of y or h
+constexpr int block_columns(FusedKind kind) { return has_swiglu(kind) ? 32 : kFusedDepth; }  // of y, gate and up, at a time
 
 // What a launch can describe. Everything travels as its parameters (of which there may be 32,764 bytes), so that a captured graph
 // keeps it; their copy is part of every launch.

@@ -81,8 +81,8 @@ class Leaving {
   }
 
  private:
-  static constexpr int kColumns = has_swiglu(kKind) ? kFusedSwigluColumns : kFusedDepth;  // of a block
-  static constexpr int kParts = kKind == FusedKind::swiglu ? 2 : 1;                       // gate and up
+  static constexpr int kColumns = block_columns(kKind);
+  static constexpr int kParts = kKind == FusedKind::swiglu ? 2 : 1;  // gate and up
   static constexpr int kBlocks = kFusedColumns / kParts / kColumns;
   static constexpr int kPartValues = kPacked / kParts, kBlockValues = kPartValues / kBlocks;
   static constexpr int kBlockSize = kFusedBox * kColumns;

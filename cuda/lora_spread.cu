@@ -307,7 +307,7 @@ void launch_spread(const LoraGroups& groups, const SpreadArgs& args, int64_t blo
 void CudaOps::lora_expand(const LoraLinear& linear, const LoraGroups& groups, TensorView s, TensorView y) {
   expect("lora_expand", "y", y, y.dtype == DType::f32 ? DType::f32 : dtype_, -1, columns_of(linear));
   const LoraCall call = lora_call("lora_expand", linear, groups, y.rows);
-  if (groups.count == 0 || groups.max_rank == 0 || y.rows == 0) return;
+  if (!any_lora(groups) || y.rows == 0) return;
   expect("lora_expand", "s", s, dtype_, y.rows, -1);
   require(s.cols >= groups.max_rank, "[lora_expand] s: expected at least ", groups.max_rank, " columns, got ", s.cols);
   device_.use();
@@ -350,7 +350,7 @@ void CudaOps::lora_fill(const LoraLinear& linear, const LoraGroups& groups, Tens
 void CudaOps::lora_backward_x(const LoraLinear& linear, const LoraGroups& groups, TensorView ds, TensorView dx) {
   expect("lora_backward_x", "dx", dx, dtype_, -1, linear.in);
   const LoraCall call = lora_call("lora_backward_x", linear, groups, dx.rows);
-  if (groups.count == 0 || groups.max_rank == 0 || dx.rows == 0) return;
+  if (!any_lora(groups) || dx.rows == 0) return;
   expect("lora_backward_x", "ds", ds, dtype_, dx.rows, -1);
   require(ds.cols >= groups.max_rank, "[lora_backward_x] ds: expected at least ", groups.max_rank, " columns, got ", ds.cols);
   device_.use();

@@ -16,8 +16,6 @@ void adapted_linear(Ops& ops, const LinearWeights& weights, const LoraLinear& lo
 // dx = dy W, summed over the blocks.                                               dy [T, sum out]; dx [T, in]
 void base_linear_backward(Ops& ops, const LinearWeights& weights, TensorView dy, TensorView dx);
 
-// No adapter in the batch costs nothing: not one LoRA op is called then.
-inline bool any_lora(const LoraGroups& groups) { return groups.count > 0 && groups.max_rank > 0; }
 // True when some group has a gradient at this site: only then is the input of its A recomputed.
 bool trains_site(const LoraGroups& groups, int32_t site);
 

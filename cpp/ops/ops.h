@@ -67,6 +67,8 @@ struct LoraGroups {
   int32_t max_rank = 0;                // largest sum of part ranks of any site of any group: the columns of S
   const uint64_t* row_keys = nullptr;  // [T] device: dropout key of each row; null when no group has dropout
 };
+// No adapter in the batch costs nothing: not one LoRA op is called then, or it does nothing.
+inline bool any_lora(const LoraGroups& groups) { return groups.count > 0 && groups.max_rank > 0; }
 
 // Which fused linear: its place in the adapter's table and its shape. Columns of y: part 0, part 1, … adjacent.
 struct LoraLinear {
@@ -281,7 +283,7 @@ class Ops {
   virtual void linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
                            TensorView s, TensorView y) {
     this->linear(x, w, bias, y);
-    if (groups.count == 0 || groups.max_rank == 0) return;
+    if (!any_lora(groups)) return;
     lora_shrink(linear, groups, x, s);
     lora_expand(linear, groups, s, y);
   }
@@ -294,7 +296,7 @@ class Ops {
   virtual void linear_lora_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
                                     TensorView dx) {
     this->linear_backward(dy, w, dx, false);
-    if (groups.count > 0 && groups.max_rank > 0) lora_backward_x(linear, groups, ds, dx);
+    if (any_lora(groups)) lora_backward_x(linear, groups, ds, dx);
   }
   // dB += scale * dy[:, part]^T s;  dA += ds^T (x * M).       groups with grads only, no two of one adapter; f32, in a fixed order
   // Views without data: x (then also ds): dB alone; s and dy: dA alone.
@@ -355,7 +357,7 @@ class Ops {
   // where gate_up still is at hand. x [T, in] C; w [2F, in] C; s [T, >= max_rank] C; gate_up [T, 2F] C; h [T, F] C
   virtual void linear_lora_swiglu(TensorView x, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
                                   TensorView gate_up, TensorView h) {
-    if (groups.count > 0 && groups.max_rank > 0) linear_lora(x, w, {}, linear, groups, s, gate_up);
+    if (any_lora(groups)) linear_lora(x, w, {}, linear, groups, s, gate_up);
     else this->linear(x, w, {}, gate_up);
     swiglu(gate_up, h);
   }
