@@ -127,6 +127,11 @@ __device__ inline float from_float<float>(float x) {
   return x;
 }
 
+template <class T>
+__device__ inline float rounded(float x) {
+  return to_float(from_float<T>(x));
+}
+
 // N elements moved at once; N * sizeof(T) is at most 16 and the address is aligned to it.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {

@@ -131,7 +131,7 @@ class CudaOps final : public Ops {
   void linear_lora_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
                             TensorView dx) override;
   void linear_lora_swiglu(TensorView x, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
-                          TensorView gate_up, TensorView h) override;
+                          TensorView gate_up, TensorView h, bool keep) override;
   void linear_lora_swiglu_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
                                    TensorView gate_up, TensorView h) override;
   // The ways of linear_lora and linear_lora_backward with many rows, s and ds being there already; the benchmark compares them.

@@ -89,6 +89,11 @@ void expect_s(const char* op, const char* name, TensorView s, const LoraGroups& 
   require(s.cols >= groups.max_rank, "[", op, "] ", name, ": expected at least ", groups.max_rank, " columns, got ", s.cols);
 }
 
+// Rows, layout and groups as the products of decode steps take them.
+bool is_decode(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView y) {
+  return x.rows <= kMaxDecodeRows && fast_layout(linear, groups, {x, s, y}) && !count_tiles(groups, 8).dropout;
+}
+
 // The groups from `first` on.
 LoraGroups groups_from(LoraGroups groups, int32_t first) {
   groups.groups += first;
@@ -211,7 +216,7 @@ void CudaOps::linear_onto(TensorView x, TensorView w, TensorView bias, TensorVie
           name_of(y.dtype));
   if (x.rows == 0 || w.rows == 0) return;
   device_.use();
-  if (!deterministic_ && !accumulate && y.dtype == dtype_ &&
+  if (!deterministic_ && !accumulate &&
       decode_linear(tensor_maps_, decode_workspace_.data(), x, w, bias.data, y, {}, device_.processors(), stream())) {
     return;
   }
@@ -254,8 +259,7 @@ void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const Lor
   }
   expect_s("linear_lora", "s", s, groups, x.rows, dtype_);
   const LoraCall call = lora_call("linear_lora", linear, groups, x.rows);
-  if (!deterministic_ && y.dtype == dtype_ && x.rows <= kMaxDecodeRows && fast_layout(linear, groups, {x, s, y}) &&
-      !count_tiles(groups, 8).dropout) {
+  if (!deterministic_ && y.dtype == dtype_ && is_decode(linear, groups, x, s, y)) {
     const Ranks ranks = ranks_of(linear, groups);
     if (ranks.stacked == 0) return linear_onto(x, w, bias, y, false);
     device_.use();
@@ -301,7 +305,7 @@ void CudaOps::linear_lora_filled(TensorView x, TensorView w, TensorView bias, co
 }
 
 void CudaOps::linear_lora_swiglu(TensorView x, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
-                                 TensorView gate_up, TensorView h) {
+                                 TensorView gate_up, TensorView h, bool keep) {
   const char* op = "linear_lora_swiglu";
   expect(op, "x", x, dtype_, -1, linear.in);
   expect(op, "w", w, dtype_, columns_of(linear), linear.in);
@@ -309,14 +313,21 @@ void CudaOps::linear_lora_swiglu(TensorView x, TensorView w, const LoraLinear& l
   require(linear.parts == 2 && linear.out[0] == linear.out[1], "[", op, "] linear: expected two parts as wide as one another");
   expect(op, "h", h, dtype_, x.rows, linear.out[0]);
   const bool lora = any_lora(groups);
-  if (deterministic_ || (lora ? !many_rows(groups, x.rows) : x.rows < kManyBaseRows))
-    return Ops::linear_lora_swiglu(x, w, linear, groups, s, gate_up, h);
-  if (lora) {
-    expect_s(op, "s", s, groups, x.rows, dtype_);
-    lora_call(op, linear, groups, x.rows);  // for its checks
-    lora_shrink(linear, groups, x, s);
+  if (lora) expect_s(op, "s", s, groups, x.rows, dtype_);
+  const LoraCall call = lora ? lora_call(op, linear, groups, x.rows) : LoraCall{};
+  if (x.rows == 0) return;
+  if (!deterministic_ && !keep && (!lora || is_decode(linear, groups, x, s, h))) {
+    const int rank = lora ? ranks_of(linear, groups).stacked : 0;
+    device_.use();
+    if (decode_swiglu(tensor_maps_, decode_workspace_.data(), x, w, h, {rank > 0 ? call : LoraCall{}, s, rank},
+                      device_.processors(), stream())) {
+      return;
+    }
   }
-  const int32_t taken = fused_linear_->swiglu(linear, groups, x, w, s, gate_up, h);
+  if (deterministic_ || (lora ? !many_rows(groups, x.rows) : x.rows < kManyBaseRows))
+    return Ops::linear_lora_swiglu(x, w, linear, groups, s, gate_up, h, keep);
+  if (lora) lora_shrink(linear, groups, x, s);
+  const int32_t taken = fused_linear_->swiglu(linear, groups, x, w, s, gate_up, h, keep);
   if (taken < 0) {
     if (!linear_lora_fused(x, w, {}, linear, groups, s, gate_up)) linear_lora_filled(x, w, {}, linear, groups, s, gate_up);
     swiglu(gate_up, h);

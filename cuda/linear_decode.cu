@@ -12,6 +12,9 @@
 // Processors that have no tile take a larger share of the shrink. A launch without adapters has a kernel of its own. Both run from
 // a cold instruction cache, so code is kept short: what runs once is not unrolled, and divisions are quotient()s or the host's.
 //
+// Gate and up with swiglu behind them ("pair"): a tile is as many rows of gate as of up, in blocks gate, up, gate, up, the first two
+// for one warpgroup, the others for the other. A thread then has both values of an h, and y is h.
+//
 // One file because every part of the kernel works on the same ring.
 //
 // Launches overlap: what does not depend on x is requested before the launch in front has ended, which keeps the memory busy across
@@ -67,9 +70,10 @@ struct Cursor {
 };
 
 // Stages and their barriers. Stage i, counted from the start of the block, lies at place i % count.
+template <bool kPair>
 struct Ring {
   uint64_t full[kMostStages], empty[kMostStages];
-  ExpandStage expand[kMostStages];
+  ExpandStage<kPair> expand[kMostStages];
   uint64_t sums;  // arrival barrier
   uint32_t stages;
   int bytes, count;
@@ -92,10 +96,12 @@ struct Ring {
 
 struct DecodeArgs {
   void* y;
+  bool y_f32;  // of a launch without adapters; otherwise y has the type of x
   int64_t ld_y;
   const void* bias;  // [n] or null
-  int rows, n, k;
-  int height;  // rows of W of a tile, a multiple of 16
+  int rows, n, k;  // n: columns of y
+  int height;      // rows of W of a tile, a multiple of 16
+  int block;       // of them that one 64 of m has: less than 64 only of a pair
   int tiles, splits;
   Equal pieces, s_rows, blocks;  // of k, rows of the batch, blocks of 16 columns of a tile: over the splits
   int stages, stage;             // of the ring, and the bytes of one
@@ -144,9 +150,9 @@ struct Order {
 // ---------------------------------------------------------------- the warps
 
 // One warp fetches: a lane W and x, all of them B.
-template <bool kLora, int kM, int kRows>
+template <bool kLora, bool kPair, int kM, int kRows>
 __device__ inline void fetch_stages(const CUtensorMap& w_map, const CUtensorMap& x_map, const DecodeArgs& a, const Share& share,
-                                    Adapters& all, Ring& ring) {
+                                    Adapters& all, Ring<kPair>& ring) {
   using S = Tiling<kM, kRows>;
   const int pieces = share.pieces(), lane = static_cast<int>(threadIdx.x) % kWarp;
   const auto wait_empty = [&](const Cursor& c) {
@@ -155,7 +161,15 @@ __device__ inline void fetch_stages(const CUtensorMap& w_map, const CUtensorMap&
   };
   const auto fetch_w = [&](const Cursor& c, int tile, int i) {
     barrier_expect(ring.full[c.place], static_cast<uint32_t>(a.height * kK * 2 + S::x_bytes));
-    tma_load(ring.address(c), w_map, ring.full[c.place], (share.begin + i) * kK, tile * a.height, kStreamOnce);
+    const int column = (share.begin + i) * kK;
+    if constexpr (kPair) {
+#pragma unroll 1
+      for (int block = 0; block < kGroups * kM; ++block)
+        tma_load(ring.address(c) + static_cast<uint32_t>(block * a.block * kK * 2), w_map, ring.full[c.place], column,
+                 (tile * kGroups + block / kM) * a.block + block % kM * a.n, kStreamOnce);
+    } else {
+      tma_load(ring.address(c), w_map, ring.full[c.place], column, tile * a.height, kStreamOnce);
+    }
   };
   const auto fetch_x = [&](const Cursor& c, int i) {
     tma_load(ring.address(c) + static_cast<uint32_t>(a.height * kK * 2), x_map, ring.full[c.place], (share.begin + i) * kK, 0,
@@ -195,7 +209,8 @@ __device__ inline void fetch_stages(const CUtensorMap& w_map, const CUtensorMap&
   at.place = __shfl_sync(0xffffffffu, at.place, 0);
   at.round = __shfl_sync(0xffffffffu, at.round, 0);
   for (int tile = share.first; tile < a.tiles;) {
-    if constexpr (kLora) fetch_b(all, part_of(a.lora.call, tile, a.height), a.height, share.from, share.to, ring, at);
+    if constexpr (kLora)
+      fetch_b<kPair>(all, part_of<kPair>(a.lora.call, tile, a.height), a.height, share.from, share.to, ring, at);
     tile += share.step;
     if (tile >= a.tiles) return;
 #pragma unroll 1
@@ -211,8 +226,8 @@ __device__ inline void fetch_stages(const CUtensorMap& w_map, const CUtensorMap&
 
 // The warps beside it: a list of the adapters, the pieces of A (a warp takes every third, 16 bytes a lane: bulk copies of rows as
 // short as these are issued one lane at a time, and measured three times slower), and s of every tile's part.
-template <class T, int kM, int kRows>
-__device__ inline void help(const DecodeArgs& a, const Share& share, Adapters& all, Ring& ring, uint32_t staging) {
+template <class T, bool kPair, int kM, int kRows>
+__device__ inline void help(const DecodeArgs& a, const Share& share, Adapters& all, Ring<kPair>& ring, uint32_t staging) {
   using S = Tiling<kM, kRows>;
   const int thread = static_cast<int>(threadIdx.x) - kBaseThreads, warp = thread / kWarp;
   list_adapters(a.lora.call, all, thread);
@@ -255,8 +270,8 @@ __device__ inline void help(const DecodeArgs& a, const Share& share, Adapters& a
 
   for (int tile = share.first; tile < a.tiles; tile += share.step) {
     named_barrier(kStagingFree, kConsumers + kHelpers);
-    const TilePart part = part_of(a.lora.call, tile, a.height);
-    add_up_s<T>(a.lora, all, own, part.part, share.from, share.to, part.column == 0, staging, S::s_stride);
+    const TilePart part = part_of<kPair>(a.lora.call, tile, a.height);
+    add_up_s<T, kPair>(a.lora, all, own, part.part, share.from, share.to, part.column == 0, staging, S::s_stride);
     named_barrier_arrive(kSumsReady, kConsumers + kHelpers);
   }
 }
@@ -275,7 +290,8 @@ struct Shrink {
     task_left = (task + 1) * pieces - own.first;
   }
 
-  __device__ void add(const DecodeArgs& a, const Adapters& all, Ring& ring, Cursor& at, float* scratch) {
+  template <bool kPair>
+  __device__ void add(const DecodeArgs& a, const Adapters& all, Ring<kPair>& ring, Cursor& at, float* scratch) {
     const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
     ring.wait_full(at);
     shrink_add<T, kConsumerWarps>(ring.address(at), warp, sum);
@@ -306,18 +322,18 @@ struct Shrink {
 };
 
 // Adds the adapters' part of a tile to the sums of W's product.
-template <class T, int kM, int kRows>
-__device__ inline void expand(Ring& ring, Cursor& at, uint32_t s, float (&sum)[kM][kRows / 2]) {
+template <class T, bool kPair, int kM, int kRows>
+__device__ inline void expand(Ring<kPair>& ring, Cursor& at, int block, uint32_t s, float (&sum)[kM][kRows / 2]) {
   using S = Tiling<kM, kRows>;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   int w_row[kM];
 #pragma unroll
-  for (int m = 0; m < kM; ++m) w_row[m] = ((warp / 4 * kM + m) * 4 + warp % 4) * 16;
-  Expand<T, kM, kRows> warps;
+  for (int m = 0; m < kM; ++m) w_row[m] = kPair ? warp / 4 * block + warp % 4 * 16 : ((warp / 4 * kM + m) * 4 + warp % 4) * 16;
+  Expand<T, kPair, kM, kRows> warps;
 #pragma unroll 1
   for (bool last = false; !last; ring.next(at)) {
     ring.wait_full(at);
-    const ExpandStage& stage = ring.expand[at.place];
+    const auto& stage = ring.expand[at.place];
     warps.add(stage, ring.address(at), w_row, s, S::s_stride, sum);
     last = stage.last;
     ring.release(at.place);
@@ -337,7 +353,7 @@ __device__ inline uint64_t full_ticket(const DecodeArgs& a, const Share& share) 
 // Lays down the block's sums, and brings those of its part from all shares of k to shared memory: split after split, `bytes` each.
 template <int kM, int kRows>
 __device__ inline void exchange_sums(const DecodeArgs& a, const Share& share, const float (&sum)[kM][kRows / 2], uint64_t full,
-                                     Ring& ring, int first_block, uint32_t bytes) {
+                                     Ring<false>& ring, int first_block, uint32_t bytes) {
   constexpr int kRowBlocks = kRows / 8, kBlockSums = kRowBlocks * kWarp, kTileSums = 8 * kM * kBlockSums;  // in fours
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   float4* tile = a.sums + int64_t{share.first} * a.splits * kTileSums;
@@ -369,7 +385,7 @@ __device__ inline void exchange_sums(const DecodeArgs& a, const Share& share, co
 // The meeting: y of the blocks of 16 columns that this block adds up, of those in the tile.
 template <class T, int kM, int kRows>
 __device__ inline void add_up_sums(const DecodeArgs& a, const Share& share, const float (&sum)[kM][kRows / 2], uint64_t full,
-                                   Ring& ring) {
+                                   Ring<false>& ring) {
   constexpr int kRowBlocks = kRows / 8;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int first = a.blocks.begin(share.split), items = (a.blocks.begin(share.split + 1) - first) * kRowBlocks;
@@ -404,13 +420,13 @@ __device__ inline void add_up_sums(const DecodeArgs& a, const Share& share, cons
 
 // ---------------------------------------------------------------- the kernel
 
-template <class T, bool kLora, int kM, int kRows>
+template <class T, bool kLora, bool kPair, int kM, int kRows>
 __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
     decode_kernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
                   const __grid_constant__ DecodeArgs a) {
   using S = Tiling<kM, kRows>;
   extern __shared__ std::byte raw[];
-  __shared__ Ring ring;
+  __shared__ Ring<kPair> ring;
   alignas(16) __shared__ std::byte adapters[kLora ? sizeof(Adapters) : 16];
   Adapters& all = *reinterpret_cast<Adapters*>(adapters);
   const uint32_t stages = (shared_address(raw) + 1023) / 1024 * 1024, staging = stages + static_cast<uint32_t>(a.stages * a.stage);
@@ -435,11 +451,11 @@ __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
   let_next_start();
 
   if constexpr (kLora) {
-    if (warp >= kBaseThreads / kWarp) return help<T, kM, kRows>(a, share, all, ring, staging);
+    if (warp >= kBaseThreads / kWarp) return help<T, kPair, kM, kRows>(a, share, all, ring, staging);
   }
-  if (warp == kConsumerWarps) return fetch_stages<kLora, kM, kRows>(w_map, x_map, a, share, all, ring);
+  if (warp == kConsumerWarps) return fetch_stages<kLora, kPair, kM, kRows>(w_map, x_map, a, share, all, ring);
 
-  const int group = warp / 4, quarter = warp % 4;
+  const int group = warp / 4, quarter = warp % 4, block = kPair ? a.block : 64;
   const uint32_t own = staging + static_cast<uint32_t>(group * kRows * S::stride);
   float* const scratch = reinterpret_cast<float*>(raw + (staging - shared_address(raw)));
   float sum[kM][kRows / 2];
@@ -457,14 +473,15 @@ __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       ring.wait_full(at);
-      const uint32_t w = ring.address(at) + static_cast<uint32_t>(group * kM) * 64 * kK * 2,
+      const uint32_t w = ring.address(at) + static_cast<uint32_t>(group * kM * block * kK * 2),
                      x = ring.address(at) + static_cast<uint32_t>(a.height * kK * 2);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kK / 16; ++k) {
 #pragma unroll
         for (int m = 0; m < kM; ++m)
-          multiply_async<T, kRows>(sum[m], swizzled_operand(w + m * 64 * kK * 2 + k * 32), swizzled_operand(x + k * 32));
+          multiply_async<T, kRows>(sum[m], swizzled_operand(w + static_cast<uint32_t>(m * block * kK * 2 + k * 32)),
+                                   swizzled_operand(x + k * 32));
       }
       wgmma_commit();
       wgmma_wait<1>();  // the stage before this one has been read: its place may be filled
@@ -506,18 +523,41 @@ __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
     if constexpr (kLora) {
       if (tile >= a.tiles) return;
       named_barrier(kSumsReady, kConsumers + kHelpers);
-      expand<T, kM, kRows>(ring, at, staging, sum);
+      expand<T, kPair, kM, kRows>(ring, at, block, staging, sum);
     }
 
-    if (a.splits > 1) {  // one tile a block
-      add_up_sums<T, kM, kRows>(a, share, sum, full, ring);
-      return;
+    if constexpr (!kPair) {
+      if (a.splits > 1) {  // one tile a block
+        add_up_sums<T, kM, kRows>(a, share, sum, full, ring);
+        return;
+      }
+    }
+
+    if constexpr (!kLora && !kPair) {
+      if (a.y_f32) {  // logits: eight columns of four rows at a time, as they lie
+        float* y = static_cast<float*>(a.y) + lane % 4 * 2 * a.ld_y;
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          const int column = tile * a.height + (group * kM + m) * 64 + quarter * 16 + lane / 4;
+#pragma unroll
+          for (int j = 0; j < kRows / 8; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              if (j * 8 + lane % 4 * 2 + e % 2 < a.rows && column + e / 2 * 8 < min(a.n, (tile + 1) * a.height))
+                y[(j * 8 + e % 2) * a.ld_y + column + e / 2 * 8] = sum[m][4 * j + e];
+            }
+          }
+        }
+        if (tile + share.step >= a.tiles) return;
+        continue;
+      }
     }
 
     // y [rows, tile] through shared memory, each group its own columns.
     if (kLora) named_barrier(kConsumerBarrier, kConsumers);  // s has been read: y takes its place
+    constexpr int kOut = kPair ? 1 : kM;                     // blocks of 64 columns of y
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
+    for (int m = 0; m < kOut; ++m) {
       const int n0 = tile * a.height + (group * kM + m) * 64 + quarter * 16 + lane / 4;
       float add0 = 0, add8 = 0;
       if (a.bias != nullptr) {
@@ -527,6 +567,10 @@ __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
 #pragma unroll
       for (int j = 0; j < kRows / 16; ++j) {  // 16 rows of x: registers 8 j .. 8 j + 7
         float* c = sum[m] + 8 * j;
+        if constexpr (kPair) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) c[i] = swiglu(rounded<T>(c[i]), rounded<T>(sum[kM - 1][8 * j + i]));
+        }
         const uint32_t address = own + static_cast<uint32_t>((j * 16 + lane / 16 * 8 + lane % 8) * S::stride) +
                                  static_cast<uint32_t>(m * 64 + quarter * 16 + lane / 8 % 2 * 8) * 2;
         store_transposed(address, pack2<T>(c[0] + add0, c[1] + add0), pack2<T>(c[2] + add8, c[3] + add8),
@@ -534,12 +578,12 @@ __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
       }
     }
     named_barrier(kGroupBarrier + group, 128);
-    constexpr int kVectors = 64 * kM / 8;  // of a row
-    const int first = group * kM * 64, column = tile * a.height + first;
+    constexpr int kVectors = 64 * kOut / 8;  // of a row
+    const int first = group * kOut * block, height = kPair ? a.height / 2 : a.height, column = tile * height + first;
 #pragma unroll 2
     for (int i = static_cast<int>(threadIdx.x) % 128; i < a.rows * kVectors; i += 128) {
       const int row = i / kVectors, vector = i % kVectors;
-      if (first + vector * 8 >= a.height || column + vector * 8 >= a.n) continue;
+      if ((kPair ? vector * 8 >= block : first + vector * 8 >= height) || column + vector * 8 >= a.n) continue;
       *reinterpret_cast<uint4*>(static_cast<T*>(a.y) + row * a.ld_y + column + vector * 8) =
           load_shared16(own + static_cast<uint32_t>(row * S::stride + vector * 16));
     }
@@ -549,7 +593,7 @@ __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
   }
 }
 
-template <class T, bool kLora, int kM, int kRows>
+template <class T, bool kLora, bool kPair, int kM, int kRows>
 void launch_decode(TensorMaps& maps, TensorView x, TensorView w, DecodeArgs args, int processors, cudaStream_t stream,
                    std::source_location where = std::source_location::current()) {
   using S = Tiling<kM, kRows>;
@@ -578,7 +622,7 @@ void launch_decode(TensorMaps& maps, TensorView x, TensorView w, DecodeArgs args
                 1,
                 where,
                 true};
-  launch(decode_kernel<T, kLora, kM, kRows>, maps.get(w, kK, args.height), maps.get(x, kK, kRows), args);
+  launch(decode_kernel<T, kLora, kPair, kM, kRows>, maps.get(w, kK, kPair ? args.block : args.height), maps.get(x, kK, kRows), args);
 }
 
 struct Way {
@@ -610,18 +654,14 @@ Way way_of(int64_t rows, int64_t n, int64_t k, int rank, const LoraCall& call, i
   return best;
 }
 
-}  // namespace
-
-bool decode_linear(TensorMaps& maps, void* workspace, TensorView x, TensorView w, const void* bias, TensorView y,
-                   const DecodeLora& lora, int processors, cudaStream_t stream) {
+// Shapes and alignment of either product.
+bool takes(TensorView x, TensorView w, TensorView y) {
   const auto aligned = [](const TensorView& t) { return aligned16(t.data) && t.ld % 8 == 0; };
-  if (x.rows > kMaxDecodeRows || x.cols % 8 != 0 || w.rows % 8 != 0 || !aligned(x) || !aligned(w) || !aligned(y)) return false;
-  if (lora.rank > Tiling<2, 64>::max_rank || x.cols > kMostColumns) return false;
-  const Way way = way_of(x.rows, w.rows, x.cols, lora.rank, lora.call, processors);
-  if (lora.call.count > 0) {
-    for (int p = 0; p < lora.call.parts; ++p)
-      if (p + 1 < lora.call.parts && lora.call.out[p] % way.height != 0) return false;  // a tile lies in one part
-  }
+  return x.rows <= kMaxDecodeRows && x.cols % 8 == 0 && x.cols <= kMostColumns && w.rows % 8 == 0 && aligned(x) && aligned(w) &&
+         aligned(y);
+}
+
+DecodeArgs args_of(void* workspace, TensorView x, TensorView w, TensorView y, const DecodeLora& lora, int processors) {
   // The workspace: sums of splits, sums of s, tickets, the counter.
   std::byte* const sums = static_cast<std::byte*>(workspace);
   std::byte* const s_sums = sums + static_cast<size_t>(processors) * kDecodeSums;
@@ -630,28 +670,64 @@ bool decode_linear(TensorMaps& maps, void* workspace, TensorView x, TensorView w
   DecodeArgs args = {};
   args.y = y.data;
   args.ld_y = y.ld;
-  args.bias = bias;
   args.rows = static_cast<int>(x.rows);
-  args.n = static_cast<int>(w.rows);
-  args.k = static_cast<int>(x.cols);
-  args.height = way.height;
-  args.splits = way.splits;
+  args.n = static_cast<int>(y.cols);
+  args.k = static_cast<int>(w.cols);
   args.sums = reinterpret_cast<float4*>(sums);
   args.tickets = tickets;
   args.lora = {lora.call, x.data, x.ld, lora.s.data, lora.s.ld, reinterpret_cast<uint64_t*>(s_sums), tickets + processors, 0,
                0,         0,      0};
-  const auto launch = [&]<class T, bool kLora, int kRows>() {
-    if (way.m == 2) launch_decode<T, kLora, 2, kRows>(maps, x, w, args, processors, stream);
-    else launch_decode<T, kLora, 1, kRows>(maps, x, w, args, processors, stream);
-  };
-  const auto for_rows = [&]<class T, bool kLora>() {
-    if (x.rows <= 16) launch.template operator()<T, kLora, 16>();
-    else if (x.rows <= 32) launch.template operator()<T, kLora, 32>();
-    else launch.template operator()<T, kLora, 64>();
-  };
+  return args;
+}
+
+// f.operator()<T, kLora, kRows>().
+template <class F>
+void dispatch(TensorView x, const DecodeLora& lora, F&& f) {
   dispatch_half(x.dtype, [&]<class T>() {
-    if (lora.call.count > 0) for_rows.template operator()<T, true>();
-    else for_rows.template operator()<T, false>();
+    const auto for_rows = [&]<bool kLora>() {
+      if (x.rows <= 16) f.template operator()<T, kLora, 16>();
+      else if (x.rows <= 32) f.template operator()<T, kLora, 32>();
+      else f.template operator()<T, kLora, 64>();
+    };
+    if (lora.call.count > 0) for_rows.template operator()<true>();
+    else for_rows.template operator()<false>();
+  });
+}
+
+}  // namespace
+
+bool decode_linear(TensorMaps& maps, void* workspace, TensorView x, TensorView w, const void* bias, TensorView y,
+                   const DecodeLora& lora, int processors, cudaStream_t stream) {
+  const bool f32 = y.dtype == DType::f32;
+  if (!takes(x, w, y) || lora.rank > Tiling<2, 64>::max_rank || (f32 && (bias != nullptr || lora.call.count > 0))) return false;
+  const Way way = way_of(x.rows, w.rows, x.cols, lora.rank, lora.call, processors);
+  for (int p = 0; p + 1 < lora.call.parts && lora.call.count > 0; ++p)
+    if (lora.call.out[p] % way.height != 0) return false;  // a tile lies in one part
+  if (f32 && way.splits > 1) return false;
+  DecodeArgs args = args_of(workspace, x, w, y, lora, processors);
+  args.bias = bias;
+  args.y_f32 = f32;
+  args.height = way.height;
+  args.splits = way.splits;
+  dispatch(x, lora, [&]<class T, bool kLora, int kRows>() {
+    if (way.m == 2) launch_decode<T, kLora, false, 2, kRows>(maps, x, w, args, processors, stream);
+    else launch_decode<T, kLora, false, 1, kRows>(maps, x, w, args, processors, stream);
+  });
+  return true;
+}
+
+bool decode_swiglu(TensorMaps& maps, void* workspace, TensorView x, TensorView w, TensorView h, const DecodeLora& lora,
+                   int processors, cudaStream_t stream) {
+  if (!takes(x, w, h) || h.cols % 8 != 0) return false;
+  // One wave of tiles, or as many equal ones as it takes.
+  const int64_t most = 64 * kGroups, waves = ceil_div(h.cols, most * processors);
+  DecodeArgs args = args_of(workspace, x, w, h, lora, processors);
+  args.block = static_cast<int>(std::max<int64_t>(ceil_div(ceil_div(h.cols, kGroups * processors * waves), 8) * 8, 16));
+  args.height = 2 * kGroups * args.block;
+  args.splits = 1;
+  if (lora.rank > 2 * kK) return false;  // B of gate and up of a tile are one unit of a stage
+  dispatch(x, lora, [&]<class T, bool kLora, int kRows>() {
+    launch_decode<T, kLora, true, 2, kRows>(maps, x, w, args, processors, stream);
   });
   return true;
 }

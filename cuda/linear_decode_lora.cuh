@@ -7,7 +7,8 @@
 //
 // Expand, y += scale s B^T. A tile's rows of an adapter's B are adjacent in memory; a stage holds the rows of several adapters, or
 // a share of one's when its rank is large. The splits of a tile share out the rows of the batch. The products go to registers of
-// their own and are added to the rows of the group alone: what is not finite stays in its rows.
+// their own and are added to the rows of the group alone: what is not finite stays in its rows. A tile of gate and up together
+// ("pair") needs both parts of an adapter: an item then has the rows of either B, and its s is that of both side by side.
 #pragma once
 
 #include <cstddef>
@@ -238,16 +239,22 @@ __device__ inline void shrink_add(uint32_t piece, int warp, float (&sum)[4]) {
 struct TilePart {
   int part, column, rows;  // the tile's first row of the part's B, and how many there are
 };
+// A tile of gate and up has half its height of each.
+template <bool kPair>
 __device__ inline TilePart part_of(const LoraCall& call, int tile, int height) {
+  if (kPair) {
+    const int column = tile * (height / 2);
+    return {0, column, min(height / 2, static_cast<int>(call.out[0]) - column)};
+  }
   int part = 0, begin = 0;
   while (part + 1 < call.parts && tile * height >= begin + call.out[part]) begin += static_cast<int>(call.out[part++]);
   const int column = tile * height - begin;
   return {part, column, min(height, static_cast<int>(call.out[part]) - column)};
 }
 
-// s of one part for the rows [from, to) into shared memory, `stride` bytes a row, as soon as the blocks that have shares
-// of it have laid them down; and to a.s when this block is to write it. By the helpers.
-template <class T>
+// s of one part, or of both, for the rows [from, to) into shared memory, `stride` bytes a row, as soon as the blocks that have
+// shares of it have laid them down; and to a.s when this block is to write it. By the helpers.
+template <class T, bool kPair>
 __device__ inline void add_up_s(const AdapterArgs& a, const Adapters& all, const ShrinkShares& shares, int part, int from, int to,
                                 bool write, uint32_t s, int stride) {
   const int thread = static_cast<int>(threadIdx.x) % kHelpers;
@@ -256,9 +263,10 @@ __device__ inline void add_up_s(const AdapterArgs& a, const Adapters& all, const
     const int of = all.owner[row];
     if (of < 0) continue;
     const Adapters::Group& group = all.of[of];
-    const int rank = group.site.part[part].rank, chunks = (group.ranks + kTaskRanks - 1) / kTaskRanks, in = row - group.row;
+    const int rank = kPair ? group.ranks : group.site.part[part].rank, chunks = (group.ranks + kTaskRanks - 1) / kTaskRanks,
+              in = row - group.row;
     int first_column = 0;
-    for (int p = 0; p < part; ++p) first_column += group.site.part[p].rank;
+    for (int p = 0; p < part; ++p) first_column += group.site.part[p].rank;  // of a pair: the first one
 #pragma unroll 1
     for (int r = thread % 4 * 4; r < rank; r += kTaskRanks) {
       const int column = first_column + r, task = all.first_task[of] + in / kTaskRows * chunks + column / kTaskRanks;
@@ -306,18 +314,26 @@ struct alignas(16) ExpandItem {
   int16_t w_rows;       // the place has room for
   uint8_t block, mask;  // of 8 rows of the batch, and which of them
 };
+// Of a pair, these are gate's (all of its rows in the tile); up's B lies behind.
+struct ExpandPair : ExpandItem {
+  float up_scale;
+  uint32_t up_place;
+  int16_t up_rank;
+};
 constexpr int kMostUnits = 8;  // groups in a stage
 // Each has an item, and one more for every block of 8 rows, of 8 in all, that it reaches into.
 constexpr int kMostItems = kMostUnits + static_cast<int>(kMaxDecodeRows) / 8;
+template <bool kPair>
 struct ExpandStage {
-  ExpandItem items[kMostItems];
+  using Item = std::conditional_t<kPair, ExpandPair, ExpandItem>;
+  Item items[kMostItems];
   int count;
   bool last;  // of the tile; it may have no item
 };
 
 // The rows of B that a tile needs for rows [from, to) of the batch, in units that fit a stage, into the stages from `at` on. By one
-// warp: a lane finds its group, then its unit, and the units of a stage are asked for together.
-template <class Ring, class Cursor>
+// warp: a lane finds its group, then its unit, and the units of a stage are asked for together. Of a pair every unit is whole.
+template <bool kPair, class Ring, class Cursor>
 __device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int height, int from, int to, Ring& ring, Cursor& at) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -331,16 +347,19 @@ __device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int he
   }
 #pragma unroll 1
   for (int base = first_group; base == first_group || base < groups; base += kWarp) {
-    LoraPart matrix;
+    LoraPart matrix, up;
     int row = 0, row_end = 0;
     if (base + lane < groups) {
       const Adapters::Group& group = all.of[base + lane];
       matrix = group.site.part[tile.part];
+      if (kPair) up = group.site.part[1];
       row = max(group.row, from);
       row_end = min(group.row + group.rows, to);
     }
-    const bool real = matrix.rank > 0;
-    const int row_bytes = matrix.rank * 2, bytes = height * row_bytes, items = real ? (row_end + 7) / 8 - row / 8 : 0;
+    const bool real = matrix.rank > 0 || (kPair && up.rank > 0);
+    const int row_bytes = matrix.rank * 2, up_bytes = kPair ? up.rank * 2 : 0,
+              bytes = kPair ? height / 2 * (row_bytes + up_bytes) : height * row_bytes,
+              items = real ? (row_end + 7) / 8 - row / 8 : 0;
     const auto b = static_cast<const std::byte*>(matrix.b) + int64_t{tile.column} * row_bytes;
     const int bytes_end = warp_prefix_sum(bytes), items_end = warp_prefix_sum(items), here = min(kWarp, max(groups - base, 1));
     int done = 0, begin = 0;  // groups, and rows of the next one's B that went before: of one too large for a stage
@@ -354,28 +373,35 @@ __device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int he
         mine = lane == done;
         w_rows = real ? quotient(ring.bytes, row_bytes) / 16 * 16 : 0;
       }
-      const int size = mine ? min(w_rows, tile.rows - begin) * row_bytes : 0,
-                copied = static_cast<int>(__reduce_add_sync(kAll, size));
+      const int rows = mine ? min(w_rows, tile.rows - begin) : 0, size = rows * row_bytes, up_size = rows * up_bytes,
+                copied = static_cast<int>(__reduce_add_sync(kAll, size + up_size));
       const int items_here = static_cast<int>(__reduce_add_sync(kAll, mine ? items : 0));
       ring.wait_empty(at);
       async_fence();  // a piece of A may have been there
-      ExpandStage& stage = ring.expand[at.place];
+      auto& stage = ring.expand[at.place];
       if (mine && real) {
-        const auto place = static_cast<uint32_t>(whole == 0 ? 0 : bytes_end - bytes - before);
-        ExpandItem* item = stage.items + (items_end - items - items_before);
+        const auto place = static_cast<uint32_t>(whole == 0 ? 0 : bytes_end - bytes - before),
+                   up_place = place + static_cast<uint32_t>(height / 2 * row_bytes);
+        auto* item = stage.items + (items_end - items - items_before);
 #pragma unroll 1
         for (int block = row / 8; block * 8 < row_end; ++block) {
           const int low = max(row - 8 * block, 0), high = min(row_end - 8 * block, 8);
-          *item++ = {matrix.scale,
-                     place,
-                     static_cast<int16_t>(matrix.rank),
-                     static_cast<int16_t>(begin),
-                     static_cast<int16_t>(w_rows),
-                     static_cast<uint8_t>(block),
-                     static_cast<uint8_t>((1 << high) - (1 << low))};
+          const ExpandItem plain = {matrix.scale,
+                                    place,
+                                    static_cast<int16_t>(matrix.rank),
+                                    static_cast<int16_t>(begin),
+                                    static_cast<int16_t>(w_rows),
+                                    static_cast<uint8_t>(block),
+                                    static_cast<uint8_t>((1 << high) - (1 << low))};
+          if constexpr (kPair) *item++ = {plain, up.scale, up_place, static_cast<int16_t>(up.rank)};
+          else *item++ = plain;
         }
-        bulk_load(ring.address(at) + place, b + int64_t{begin} * row_bytes, static_cast<uint32_t>(size), ring.full[at.place],
-                  kStreamOnce);
+        if (!kPair || size > 0)
+          bulk_load(ring.address(at) + place, b + int64_t{begin} * row_bytes, static_cast<uint32_t>(size), ring.full[at.place],
+                    kStreamOnce);
+        if (kPair && up_size > 0)
+          bulk_load(ring.address(at) + up_place, static_cast<const std::byte*>(up.b) + int64_t{tile.column} * up_bytes,
+                    static_cast<uint32_t>(up_size), ring.full[at.place], kStreamOnce);
       }
       begin = whole > 0 ? 0 : begin + __shfl_sync(kAll, w_rows, done);
       if (begin >= tile.rows) begin = 0;
@@ -395,45 +421,55 @@ __device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int he
 // rows of the batch changes (the items are in the order of their rows). Those sums lie as the sums of m16n8k16 do: of block j,
 // sum[m][4 j .. 4 j + 3]. What takes time is the instructions (without them 64 adapters took 25 us a layer less, without the bytes
 // of B 2 us, when there were twice as many), so what an item needs is worked out by the warp that fetches.
-template <class T, int kM, int kRows>
+template <class T, bool kPair, int kM, int kRows>
 struct Expand {
   float more[kM][4] = {};
   int block = 0;
 
-  // All items of a stage. The rows of W of fragment m begin at w_row[m] of the tile.
-  __device__ void add(const ExpandStage& of, uint32_t stage, const int (&w_row)[kM], uint32_t s, int s_stride,
+  // All items of a stage. The rows of W of fragment m begin at w_row[m] of the tile; of a pair fragment 0 is of gate, 1 of up, both
+  // from row w_row[m] of their half.
+  __device__ void add(const ExpandStage<kPair>& of, uint32_t stage, const int (&w_row)[kM], uint32_t s, int s_stride,
                       float (&sum)[kM][kRows / 2]) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4, count = of.count;
     const uint32_t s_lane = s + static_cast<uint32_t>(g * s_stride);
-    ExpandItem next = of.items[0];
+    auto next = of.items[0];
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      const ExpandItem item = next;
+      const auto item = next;
       next = of.items[min(i + 1, kMostItems - 1)];
-      const int rank = item.rank;
-      const uint32_t row_bytes = static_cast<uint32_t>(rank) * 2, s_row = s_lane + item.block * static_cast<uint32_t>(8 * s_stride);
-      uint32_t b[kM];
-      unsigned mask[kM];
+      const uint32_t s_row = s_lane + item.block * static_cast<uint32_t>(8 * s_stride);
+      Factor factor[kM];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        const int row = w_row[m] - item.w_row;
-        const bool real = static_cast<unsigned>(row) < static_cast<unsigned>(item.w_rows);
-        b[m] = stage + item.place + static_cast<uint32_t>((real ? row : 0) + g) * row_bytes;  // not real: anything of the stage
-        mask[m] = real ? item.mask >> 2 * q : 0;
+        if constexpr (kPair) {
+          factor[m] = m == 0 ? Factor{item.rank, item.scale, stage + item.place, s_row, item.mask}
+                             : Factor{item.up_rank, item.up_scale, stage + item.up_place, s_row + item.rank * 2u, item.mask};
+          factor[m].b += static_cast<uint32_t>(w_row[m] + g) * factor[m].row_bytes();
+          if (factor[m].rank == 0) factor[m].mask = 0;
+        } else {
+          const int row = w_row[m] - item.w_row;
+          const bool real = static_cast<unsigned>(row) < static_cast<unsigned>(item.w_rows);
+          factor[m] = {item.rank, item.scale, stage + item.place, s_row, real ? item.mask : 0u};
+          factor[m].b += static_cast<uint32_t>((real ? row : 0) + g) * factor[m].row_bytes();  // not real: anything of the stage
+        }
+        factor[m].mask >>= 2 * q;
       }
+      const int most = kPair ? max(factor[0].rank, factor[kM - 1].rank) : factor[0].rank;
       float c[kM][4] = {};
 #pragma unroll 1
-      for (int r = 4 * q; r - 4 * q < rank; r += 16) {
-        const uint32_t k = static_cast<uint32_t>(min(r, rank - 4)) * 2;
-        uint2 n = load_shared8(s_row + k), low[kM], high[kM];
+      for (int r = 4 * q; r - 4 * q < most; r += 16) {
+        uint2 n[kM], low[kM], high[kM];
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          low[m] = load_shared8(b[m] + k);
-          high[m] = load_shared8(b[m] + k + 8 * row_bytes);
+          const Factor& f = factor[m];
+          const uint32_t k = static_cast<uint32_t>(max(min(r, f.rank - 4), 0)) * 2;
+          n[m] = kPair || m == 0 ? load_shared8(f.s + k) : n[0];
+          low[m] = load_shared8(f.b + k);
+          high[m] = load_shared8(f.b + k + 8 * f.row_bytes());
+          if (r >= f.rank) n[m] = {0, 0};
         }
-        if (r >= rank) n = {0, 0};
 #pragma unroll
-        for (int m = 0; m < kM; ++m) multiply<T>(c[m], low[m].x, high[m].x, low[m].y, high[m].y, n.x, n.y);
+        for (int m = 0; m < kM; ++m) multiply<T>(c[m], low[m].x, high[m].x, low[m].y, high[m].y, n[m].x, n[m].y);
       }
       if (item.block != block) flush(sum);
       block = item.block;
@@ -441,9 +477,9 @@ struct Expand {
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
-          if ((mask[m] >> odd & 1) == 0) continue;
-          more[m][odd] += item.scale * c[m][odd];
-          more[m][2 + odd] += item.scale * c[m][2 + odd];
+          if ((factor[m].mask >> odd & 1) == 0) continue;
+          more[m][odd] += factor[m].scale * c[m][odd];
+          more[m][2 + odd] += factor[m].scale * c[m][2 + odd];
         }
       }
     }
@@ -468,6 +504,15 @@ struct Expand {
       for (int e = 0; e < 4; ++e) sum[m][4 * kBlock + e] += more[m][e];
     }
   }
+
+ private:
+  // What a fragment's product needs: this lane's row of B and of s, and which of its two rows of the batch it is for.
+  struct Factor {
+    int rank;
+    float scale;
+    uint32_t b, s, mask;
+    __device__ uint32_t row_bytes() const { return static_cast<uint32_t>(rank) * 2; }
+  };
 };
 
 }  // namespace loquetier::cuda

@@ -148,6 +148,11 @@ __device__ inline float high_float(uint32_t x) {
   return low_float<T>(x >> 16);
 }
 
+// ---------------------------------------------------------------- swiglu in a product's last steps
+
+__device__ inline float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+__device__ inline float swiglu(float gate, float up) { return gate * sigmoid(gate) * up; }
+
 // ---------------------------------------------------------------- dropout
 
 // Keep-bits of columns [column, column + 8) of a row, column a multiple of 4; the same bits as dropout_keep().

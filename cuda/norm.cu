@@ -1,5 +1,4 @@
-// RMSNorm, with the residual add before it, and its gradient. One block a row; statistics in f32; the second pass over a row comes
-// from L1.
+// RMSNorm, with the residual add before it, and its gradient. One block a row; statistics in f32.
 #include <algorithm>
 
 #include "common.cuh"
@@ -15,32 +14,53 @@ unsigned threads_for(int64_t vectors) {
 }
 
 // sum = x + delta (delta null: x alone, sum not written); y = sum * rsqrt(mean(sum^2) + eps) * w. The norm sees the rounded sum, as
-// backward will.
+// backward will. A thread keeps its first kHeld vectors in registers, and reads back what it wrote itself of the others.
 template <class T, int N>
 __global__ void norm_kernel(const T* x, int64_t ld_x, const T* delta, int64_t ld_delta, const T* w, float eps, T* sum,
                             int64_t ld_sum, T* y, int64_t ld_y, int64_t cols) {
+  constexpr int kHeld = 4;
   __shared__ float shared[8];
+  const int64_t row = blockIdx.x, first = threadIdx.x * N, step = blockDim.x * N;
+  const auto held = [&](auto&& f) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (first + i * step < cols) f(i, first + i * step);
+  };
+  Pack<T, N> a[kHeld], b[kHeld], weight[kHeld];
   let_next_start();
+  held([&](int i, int64_t c) { weight[i] = load_pack<T, N>(w + c); });
   wait_for_previous();
-  const int64_t row = blockIdx.x;
+  x += row * ld_x;
+  sum += row * ld_sum;
+  y += row * ld_y;
+  held([&](int i, int64_t c) { a[i] = load_pack<T, N>(x + c); });
   float squares = 0;
-  for (int64_t c = threadIdx.x * N; c < cols; c += blockDim.x * N) {
-    Pack<T, N> a = load_pack<T, N>(x + row * ld_x + c);
+  const auto take = [&](Pack<T, N>& v, const Pack<T, N>& more, int64_t c) {
     if (delta != nullptr) {
-      const Pack<T, N> b = load_pack<T, N>(delta + row * ld_delta + c);
-      for (int i = 0; i < N; ++i) a.v[i] = from_float<T>(to_float(a.v[i]) + to_float(b.v[i]));
-      store_pack<T, N>(sum + row * ld_sum + c, a);
+      for (int i = 0; i < N; ++i) v.v[i] = from_float<T>(to_float(v.v[i]) + to_float(more.v[i]));
+      store_pack<T, N>(sum + c, v);
     }
-    for (int i = 0; i < N; ++i) squares += to_float(a.v[i]) * to_float(a.v[i]);
+    for (int i = 0; i < N; ++i) squares += to_float(v.v[i]) * to_float(v.v[i]);
+  };
+  if (delta != nullptr) {
+    delta += row * ld_delta;
+    held([&](int i, int64_t c) { b[i] = load_pack<T, N>(delta + c); });
+  }
+  held([&](int i, int64_t c) { take(a[i], b[i], c); });
+  for (int64_t c = first + kHeld * step; c < cols; c += step) {
+    Pack<T, N> v = load_pack<T, N>(x + c), more;
+    if (delta != nullptr) more = load_pack<T, N>(delta + c);
+    take(v, more, c);
   }
   const float scale = rsqrtf(block_sum(squares, shared) / static_cast<float>(cols) + eps);
-  const T* in = delta != nullptr ? sum + row * ld_sum : x + row * ld_x;
-  for (int64_t c = threadIdx.x * N; c < cols; c += blockDim.x * N) {  // a thread reads back what it wrote itself
-    const Pack<T, N> a = load_pack<T, N>(in + c), g = load_pack<T, N>(w + c);
+  const auto leave = [&](const Pack<T, N>& v, const Pack<T, N>& g, int64_t c) {
     Pack<T, N> out;
-    for (int i = 0; i < N; ++i) out.v[i] = from_float<T>(to_float(a.v[i]) * scale * to_float(g.v[i]));
-    store_pack<T, N>(y + row * ld_y + c, out);
-  }
+    for (int i = 0; i < N; ++i) out.v[i] = from_float<T>(to_float(v.v[i]) * scale * to_float(g.v[i]));
+    store_pack<T, N>(y + c, out);
+  };
+  held([&](int i, int64_t c) { leave(a[i], weight[i], c); });
+  const T* in = delta != nullptr ? sum : x;
+  for (int64_t c = first + kHeld * step; c < cols; c += step) leave(load_pack<T, N>(in + c), load_pack<T, N>(w + c), c);
 }
 
 // With r = rsqrt(mean(x^2) + eps) and g = dy * w:  dx += r g - x r^3 mean(g x). y: the forward's output too, bit for bit, or null;

@@ -142,7 +142,7 @@ void Model::backward_part(const BackwardLayer& of, BackwardPart part, const Back
       if (!of.recompute) return;
       LayerSaved keep = {x, qkv, mine(from.raw), attn, mine(from.lse), mid, gate_up, {}};
       for (int i = 0; i < 4; ++i) keep.s[i] = mine(from.s[i]);
-      const LayerBatch rows = {block.rows, block.rows, &groups, &block.packed, nullptr, nullptr, cos_sin, {}};
+      const LayerBatch rows = {block.rows, block.rows, &groups, &block.packed, nullptr, nullptr, cos_sin, {}, true};
       ops_.rms_norm(x, weights.input_norm, config.rms_norm_eps, work.norm);
       layer_forward(ops_, config, weights, of.layer, rows, keep, {}, {}, work.norm, act, work.delta, false);
       return;

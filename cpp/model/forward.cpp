@@ -59,7 +59,7 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
 
   const LinearWeights& gate_up = weights.gate_up;
   if (gate_up.size() == 1 && gate_up[0].bias.empty()) {
-    ops.linear_lora_swiglu(norm, gate_up[0].w, lora(Site::gate_up), groups, keep.s[2], keep.gate_up, act);
+    ops.linear_lora_swiglu(norm, gate_up[0].w, lora(Site::gate_up), groups, keep.s[2], keep.gate_up, act, batch.for_backward);
   } else {
     adapted_linear(ops, gate_up, lora(Site::gate_up), groups, norm, keep.s[2], keep.gate_up);
     ops.swiglu(keep.gate_up, act);
@@ -86,7 +86,8 @@ int64_t Model::run_layers(const BatchView& batch, KvCache& kv, const Saved* save
     return !train ? work.x : mine(l < layers ? saved->layers[static_cast<size_t>(l)].x : saved->final_x);
   };
 
-  LayerBatch layer_batch = {rows, batch.packed_rows, &batch.groups, &batch.packed, &batch.paged, batch.kv_slots, cos_sin, {}};
+  LayerBatch layer_batch = {rows,    batch.packed_rows, &batch.groups, &batch.packed, &batch.paged, batch.kv_slots,
+                            cos_sin, {},                keep_all};
   if (first == 0) {
     ops_.rope_table(batch.positions, weights_->inv_freq.as<float>(), 1.0f, cos_sin);
     ops_.embedding(batch.ids, table.embedding, stream(0));

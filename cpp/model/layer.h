@@ -29,6 +29,7 @@ struct LayerBatch {
   const int32_t* kv_slots = nullptr;  // null: no row writes keys and values
   TensorView cos_sin;                 // [rows, D] f32
   TensorView packed_kv;               // [>= rows, (Q + 2K) D]  rows that packed.kv_begin counts; empty: qkv of the rows themselves
+  bool for_backward = false;          // gate_up is an output; otherwise scratch
 };
 
 // One layer over all rows. in: keep.x, norm = rms_norm(keep.x). Fills keep (qkv, attn, mid, gate_up, s, ...); norm becomes

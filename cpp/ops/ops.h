@@ -353,10 +353,12 @@ class Ops {
 
   // y = silu(gate) * up.                                      gate_up [T, 2F] C (gate first); y [T, F] C
   virtual void swiglu(TensorView gate_up, TensorView y) = 0;
-  // linear_lora of gate and up in one matrix, without a bias, then swiglu: both outputs. One call so that a backend may compute h
-  // where gate_up still is at hand. x [T, in] C; w [2F, in] C; s [T, >= max_rank] C; gate_up [T, 2F] C; h [T, F] C
+  // linear_lora of gate and up in one matrix, without a bias, then swiglu. One call so that a backend may compute h where gate_up
+  // still is at hand. Both are outputs with `keep`; without it gate_up is scratch.
+  // x [T, in] C; w [2F, in] C; s [T, >= max_rank] C; gate_up [T, 2F] C; h [T, F] C
   virtual void linear_lora_swiglu(TensorView x, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
-                                  TensorView gate_up, TensorView h) {
+                                  TensorView gate_up, TensorView h, bool keep) {
+    static_cast<void>(keep);
     if (any_lora(groups)) linear_lora(x, w, {}, linear, groups, s, gate_up);
     else this->linear(x, w, {}, gate_up);
     swiglu(gate_up, h);
