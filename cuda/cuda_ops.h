@@ -91,7 +91,8 @@ class Scratch {
 };
 
 class AttentionPlans;  // attention_cudnn.cpp
-class FusedLinear;     // fused_linear.cpp
+class FusedLinear;   // fused_linear.cpp
+struct KShares;      // linear_decode.h
 struct LoraCall;       // lora_call.h
 
 class CudaOps final : public Ops {
@@ -128,6 +129,11 @@ class CudaOps final : public Ops {
 
   void linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
                    TensorView y) override;
+  void linear_lora_add_rms_norm(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                                TensorView s, TensorView y, TensorView residual, TensorView norm, float eps, TensorView sum,
+                                TensorView z) override;
+  void linear_lora_rope(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                        TensorView s, TensorView qkv, const Rope& rope) override;
   void linear_lora_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
                             TensorView dx) override;
   void linear_lora_swiglu(TensorView x, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
@@ -181,6 +187,13 @@ class CudaOps final : public Ops {
   void adamw(const AdamBatch& batch, const float* norm) override;
 
  private:
+  // linear_lora; with `shares` not null a decode step may leave these in place of y.
+  void linear_lora_leaving(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                           TensorView s, TensorView y, KShares* shares);
+  void expect_add_rms_norm(const char* op, TensorView x, TensorView delta, TensorView w, TensorView sum, TensorView y) const;
+  void norm_onto(TensorView x, TensorView delta, TensorView w, float eps, TensorView sum, TensorView y);
+  void expect_rope(const char* op, TensorView qkv, const Rope& rope) const;
+  void rope_onto(TensorView qkv, const Rope& rope, const KShares& shares);  // shares of qkv: they are added up first
   // y: the forward's output too, or without data.
   void rms_norm_backward_onto(const char* op, TensorView x, TensorView w, float eps, TensorView dy, TensorView dx, TensorView y);
   void swiglu_backward_onto(const char* op, TensorView gate_up, TensorView dy, TensorView dgate_up, TensorView y);
@@ -210,7 +223,7 @@ class CudaOps final : public Ops {
                 TensorView ds);
   // Expand that overwrites: y = scale * s B^T, zero where a row or part has no adapter (lora_spread.cu).
   void lora_fill(const LoraLinear& linear, const LoraGroups& groups, TensorView s, TensorView y);
-  void linear_onto(TensorView x, TensorView w, TensorView bias, TensorView y, bool accumulate);
+  void linear_onto(TensorView x, TensorView w, TensorView bias, TensorView y, bool accumulate, KShares* shares = nullptr);
   void matmul(const LinearKey& key, const void* x, const void* w, const void* bias, void* y, int64_t rows);
   cudaStream_t stream() const { return device_.stream(); }
   CudaWorkspace workspace_of(const OpsLimits& limits) const { return cuda_workspace(limits, deterministic_, device_.processors()); }

@@ -207,7 +207,7 @@ void CudaOps::matmul(const LinearKey& key, const void* x, const void* w, const v
 
 void CudaOps::linear(TensorView x, TensorView w, TensorView bias, TensorView y) { linear_onto(x, w, bias, y, false); }
 
-void CudaOps::linear_onto(TensorView x, TensorView w, TensorView bias, TensorView y, bool accumulate) {
+void CudaOps::linear_onto(TensorView x, TensorView w, TensorView bias, TensorView y, bool accumulate, KShares* shares) {
   expect("linear", "x", x, dtype_, -1, -1);
   expect("linear", "w", w, dtype_, -1, x.cols);
   expect_vector("linear", "bias", bias, dtype_, w.rows, true);
@@ -217,7 +217,7 @@ void CudaOps::linear_onto(TensorView x, TensorView w, TensorView bias, TensorVie
   if (x.rows == 0 || w.rows == 0) return;
   device_.use();
   if (!deterministic_ && !accumulate &&
-      decode_linear(tensor_maps_, decode_workspace_.data(), x, w, bias.data, y, {}, device_.processors(), stream())) {
+      decode_linear(tensor_maps_, decode_workspace_.data(), x, w, bias.data, y, {}, device_.processors(), stream(), shares)) {
     return;
   }
   const int32_t alignment =
@@ -247,6 +247,11 @@ void CudaOps::linear_onto(TensorView x, TensorView w, TensorView bias, TensorVie
 // * Many small tiles: the base product, then shrink and expand in one launch (lora_decode.cu).
 void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
                           TensorView s, TensorView y) {
+  linear_lora_leaving(x, w, bias, linear, groups, s, y, nullptr);
+}
+
+void CudaOps::linear_lora_leaving(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                                  TensorView s, TensorView y, KShares* shares) {
   expect("linear_lora", "x", x, dtype_, -1, linear.in);
   expect("linear_lora", "w", w, dtype_, columns_of(linear), linear.in);
   expect_vector("linear_lora", "bias", bias, dtype_, w.rows, true);
@@ -254,17 +259,17 @@ void CudaOps::linear_lora(TensorView x, TensorView w, TensorView bias, const Lor
   require(bias.data == nullptr || y.dtype == dtype_, "[linear_lora] y: expected ", name_of(dtype_), " with a bias, got ",
           name_of(y.dtype));
   if (!any_lora(groups) || x.rows == 0) {
-    linear_onto(x, w, bias, y, false);
+    linear_onto(x, w, bias, y, false, shares);
     return;
   }
   expect_s("linear_lora", "s", s, groups, x.rows, dtype_);
   const LoraCall call = lora_call("linear_lora", linear, groups, x.rows);
   if (!deterministic_ && y.dtype == dtype_ && is_decode(linear, groups, x, s, y)) {
     const Ranks ranks = ranks_of(linear, groups);
-    if (ranks.stacked == 0) return linear_onto(x, w, bias, y, false);
+    if (ranks.stacked == 0) return linear_onto(x, w, bias, y, false, shares);
     device_.use();
     if (decode_linear(tensor_maps_, decode_workspace_.data(), x, w, bias.data, y, {call, s, ranks.single}, device_.processors(),
-                      stream())) {
+                      stream(), shares)) {
       return;
     }
   }

@@ -3,8 +3,8 @@
 //
 // A block owns a tile of W's rows (as low as keeps all processors busy) and one of `splits` shares of k. One warp keeps a ring of
 // stages on its way (TMA), two warpgroups multiply: W is the left operand (its rows are m), the rows of x are n, so 8 to 64 of them
-// cost no padding. The shares of k meet in global memory (which the L2 holds): every block lays its sums down, waits for the others
-// of its tile, and adds up its part of them in a fixed order.
+// cost no padding. The shares of k stay in f32 in global memory (which the L2 holds) for the launch behind to add up, where that one
+// can; or they meet there: every block lays its sums down, waits for the others of its tile, and adds up its part in a fixed order.
 //
 // With adapters (linear_decode_lora.cuh) the ring carries as much of W as it holds, the block's share of all A and more of W in
 // turns, the rest of W, and the tile's rows of B. The sums of the shrink cross between the blocks while W passes; three more warps
@@ -95,9 +95,10 @@ struct Ring {
 };
 
 struct DecodeArgs {
-  void* y;
-  bool y_f32;  // of a launch without adapters; otherwise y has the type of x
+  void* y;  // with the type of x
   int64_t ld_y;
+  float* wide;  // not null: y is not written, but the sums [splits, rows, n], rows ld_wide apart
+  int64_t ld_wide;
   const void* bias;  // [n] or null
   int rows, n, k;  // n: columns of y
   int height;      // rows of W of a tile, a multiple of 16
@@ -418,6 +419,32 @@ __device__ inline void add_up_sums(const DecodeArgs& a, const Share& share, cons
   }
 }
 
+// ---------------------------------------------------------------- sums that leave in f32
+
+// As they lie: eight columns of four rows at a time, whole sectors of 32 bytes.
+template <class T, int kM, int kRows>
+__device__ inline void store_wide(const DecodeArgs& a, const Share& share, int tile, const float (&sum)[kM][kRows / 2]) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int row = lane % 4 * 2, end = min(a.n, (tile + 1) * a.height);
+  float* y = a.wide + (int64_t{share.split} * a.rows + row) * a.ld_wide;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    const int column = tile * a.height + ((warp / 4 * kM + m) * 4 + warp % 4) * 16 + lane / 4;
+#pragma unroll
+    for (int high = 0; high < 2; ++high) {
+      const int at = column + 8 * high;
+      if (at >= end) continue;
+      const float add = a.bias != nullptr && share.split == 0 ? to_float(static_cast<const T*>(a.bias)[at]) : 0.0f;
+#pragma unroll
+      for (int j = 0; j < kRows / 8; ++j) {
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd)
+          if (8 * j + row + odd < a.rows) y[(8 * j + odd) * a.ld_wide + at] = sum[m][4 * j + 2 * high + odd] + add;
+      }
+    }
+  }
+}
+
 // ---------------------------------------------------------------- the kernel
 
 template <class T, bool kLora, bool kPair, int kM, int kRows>
@@ -460,7 +487,7 @@ __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
   float* const scratch = reinterpret_cast<float*>(raw + (staging - shared_address(raw)));
   float sum[kM][kRows / 2];
   Cursor at;
-  const uint64_t full = a.splits > 1 && threadIdx.x == 0 ? full_ticket(a, share) : 0;
+  const uint64_t full = a.splits > 1 && a.wide == nullptr && threadIdx.x == 0 ? full_ticket(a, share) : 0;
   if (kLora && threadIdx.x == kWarp) {
     wait_for_previous();
     all.mark = launch_mark(a.lora.counter);
@@ -527,29 +554,18 @@ __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
     }
 
     if constexpr (!kPair) {
+      if (a.wide != nullptr) {
+        store_wide<T, kM, kRows>(a, share, tile, sum);
+        if (tile + share.step >= a.tiles) return;
+        if (kLora) {
+          named_barrier(kConsumerBarrier, kConsumers);  // s has been read
+          named_barrier_arrive(kStagingFree, kConsumers + kHelpers);
+        }
+        continue;
+      }
       if (a.splits > 1) {  // one tile a block
         add_up_sums<T, kM, kRows>(a, share, sum, full, ring);
         return;
-      }
-    }
-
-    if constexpr (!kLora && !kPair) {
-      if (a.y_f32) {  // logits: eight columns of four rows at a time, as they lie
-        float* y = static_cast<float*>(a.y) + lane % 4 * 2 * a.ld_y;
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          const int column = tile * a.height + (group * kM + m) * 64 + quarter * 16 + lane / 4;
-#pragma unroll
-          for (int j = 0; j < kRows / 8; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              if (j * 8 + lane % 4 * 2 + e % 2 < a.rows && column + e / 2 * 8 < min(a.n, (tile + 1) * a.height))
-                y[(j * 8 + e % 2) * a.ld_y + column + e / 2 * 8] = sum[m][4 * j + e];
-            }
-          }
-        }
-        if (tile + share.step >= a.tiles) return;
-        continue;
       }
     }
 
@@ -600,7 +616,7 @@ void launch_decode(TensorMaps& maps, TensorView x, TensorView w, DecodeArgs args
   args.tiles = static_cast<int>(ceil_div(w.rows, args.height));
   args.stage = static_cast<int>(ceil_div(args.height * kK * 2, 1024)) * 1024 + S::x_bytes;
   if (kLora) args.stage = std::max(args.stage, kPieceBytes);
-  const int staging = kLora || args.splits == 1 ? S::staging : 0;
+  const int staging = kLora || (args.splits == 1 && args.wide == nullptr) ? S::staging : 0;
   args.stages = std::min((kSharedBytes - staging) / args.stage, kMostStages);
   const int read = (args.stages - 1) * args.stage + S::most * kK * 2;  // by wgmma, also behind the rows of a lower tile
   const int shared = std::max(args.stages * args.stage + staging, read) + 1024;
@@ -628,10 +644,11 @@ void launch_decode(TensorMaps& maps, TensorView x, TensorView w, DecodeArgs args
 struct Way {
   int m = 2, splits = 1, height = 256;
 };
+const double kLeave = getenv("LQ_LEAVE") ? atof(getenv("LQ_LEAVE")) : 6e3;
 
 // Tile and shares of k: one wave of blocks, shares of at least eight stages, and then what costs a block least time by its bytes of
 // W and, from the L2, of x and of sums. A tile lies in one part of an adapter.
-Way way_of(int64_t rows, int64_t n, int64_t k, int rank, const LoraCall& call, int processors) {
+Way way_of(int64_t rows, int64_t n, int64_t k, int rank, const LoraCall& call, int processors, bool leaves_shares) {
   const auto whole = [&](int height) {
     bool all = true;
     for (int p = 0; p + 1 < call.parts && call.count > 0; ++p) all = all && call.out[p] % height == 0;
@@ -644,9 +661,10 @@ Way way_of(int64_t rows, int64_t n, int64_t k, int rank, const LoraCall& call, i
     while (height <= 256 && !whole(height)) height += 16;
     if (height > 256) continue;
     const int m = height <= 128 && rank <= Tiling<1, 64>::max_rank ? 1 : 2;
-    // In bytes of W: of x, which comes from the L2, half; the meeting of the shares has its time, and its bytes pass it twice; the
-    // larger tile multiplies for longer.
-    const double x = 0.5 * static_cast<double>(rows), sums = splits > 1 ? 24e3 + 3 * static_cast<double>(rows * height) : 0,
+    // In bytes of W: of x, which comes from the L2, half; the meeting of the shares has its time, and its bytes pass it twice, but
+    // once where the launch behind adds them up; the larger tile multiplies for longer.
+    const double start = leaves_shares ? kLeave : 24e3, each = leaves_shares ? 1 : 3, x = 0.5 * static_cast<double>(rows),
+                 sums = splits > 1 ? start + each * static_cast<double>(rows * height) : 0,
                  time = (height + x) * static_cast<double>(k) / splits * (m == 2 ? 1.1 : 1) + sums;
     if (time < least) least = time, best = {m, splits, height};
   }
@@ -697,18 +715,25 @@ void dispatch(TensorView x, const DecodeLora& lora, F&& f) {
 }  // namespace
 
 bool decode_linear(TensorMaps& maps, void* workspace, TensorView x, TensorView w, const void* bias, TensorView y,
-                   const DecodeLora& lora, int processors, cudaStream_t stream) {
+                   const DecodeLora& lora, int processors, cudaStream_t stream, KShares* shares) {
   const bool f32 = y.dtype == DType::f32;
-  if (!takes(x, w, y) || lora.rank > Tiling<2, 64>::max_rank || (f32 && (bias != nullptr || lora.call.count > 0))) return false;
-  const Way way = way_of(x.rows, w.rows, x.cols, lora.rank, lora.call, processors);
+  if (!takes(x, w, y) || lora.rank > Tiling<2, 64>::max_rank) return false;
+  const Way way = way_of(x.rows, w.rows, x.cols, lora.rank, lora.call, processors, shares != nullptr);
   for (int p = 0; p + 1 < lora.call.parts && lora.call.count > 0; ++p)
     if (lora.call.out[p] % way.height != 0) return false;  // a tile lies in one part
   if (f32 && way.splits > 1) return false;
   DecodeArgs args = args_of(workspace, x, w, y, lora, processors);
   args.bias = bias;
-  args.y_f32 = f32;
   args.height = way.height;
   args.splits = way.splits;
+  if (f32) {
+    args.wide = static_cast<float*>(y.data);
+    args.ld_wide = y.ld;
+  } else if (shares != nullptr && way.splits > 1) {
+    *shares = {reinterpret_cast<float*>(args.sums), way.splits, w.rows, x.rows * w.rows};
+    args.wide = reinterpret_cast<float*>(args.sums);
+    args.ld_wide = w.rows;
+  }
   dispatch(x, lora, [&]<class T, bool kLora, int kRows>() {
     if (way.m == 2) launch_decode<T, kLora, false, 2, kRows>(maps, x, w, args, processors, stream);
     else launch_decode<T, kLora, false, 1, kRows>(maps, x, w, args, processors, stream);

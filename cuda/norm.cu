@@ -3,6 +3,7 @@
 
 #include "common.cuh"
 #include "cuda_ops.h"
+#include "shares.cuh"
 
 namespace loquetier::cuda {
 
@@ -13,12 +14,31 @@ unsigned threads_for(int64_t vectors) {
   return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(vectors, kWarp) * kWarp, kWarp, 256));
 }
 
-// sum = x + delta (delta null: x alone, sum not written); y = sum * rsqrt(mean(sum^2) + eps) * w. The norm sees the rounded sum, as
-// backward will. A thread keeps its first kHeld vectors in registers, and reads back what it wrote itself of the others.
+// What is added to x: a matrix, or nothing where it is null; or the shares of k of a product (linear_decode.h).
 template <class T, int N>
-__global__ void norm_kernel(const T* x, int64_t ld_x, const T* delta, int64_t ld_delta, const T* w, float eps, T* sum,
-                            int64_t ld_sum, T* y, int64_t ld_y, int64_t cols) {
-  constexpr int kHeld = 4;
+struct MatrixDelta {
+  using Value = Pack<T, N>;
+  static constexpr int held = 4;
+  const T* p;
+  int64_t ld;
+  __device__ bool any() const { return p != nullptr; }
+  __device__ Value at(int64_t row, int64_t c) const { return load_pack<T, N>(p + row * ld + c); }
+};
+struct SharesDelta {
+  using Value = Floats<8>;
+  static constexpr int held = 2;
+  KShares of;
+  __device__ bool any() const { return true; }
+  __device__ Value at(int64_t row, int64_t c) const { return sum_of_shares<8>(of, row, c); }
+};
+
+// sum = x + delta (without delta sum is not written); y = sum * rsqrt(mean(sum^2) + eps) * w. The norm sees the rounded sum, as
+// backward will. A thread keeps its first vectors in registers, and reads back what it wrote itself of the others.
+template <class T, int N, class Delta>
+__global__ void norm_kernel(const T* x, int64_t ld_x, const Delta delta, const T* w, float eps, T* sum, int64_t ld_sum, T* y,
+                            int64_t ld_y, int64_t cols) {
+  constexpr int kHeld = Delta::held;
+  using More = typename Delta::Value;
   __shared__ float shared[8];
   const int64_t row = blockIdx.x, first = threadIdx.x * N, step = blockDim.x * N;
   const auto held = [&](auto&& f) {
@@ -26,7 +46,8 @@ __global__ void norm_kernel(const T* x, int64_t ld_x, const T* delta, int64_t ld
     for (int i = 0; i < kHeld; ++i)
       if (first + i * step < cols) f(i, first + i * step);
   };
-  Pack<T, N> a[kHeld], b[kHeld], weight[kHeld];
+  Pack<T, N> a[kHeld], weight[kHeld];
+  More b[kHeld];
   let_next_start();
   held([&](int i, int64_t c) { weight[i] = load_pack<T, N>(w + c); });
   wait_for_previous();
@@ -34,22 +55,20 @@ __global__ void norm_kernel(const T* x, int64_t ld_x, const T* delta, int64_t ld
   sum += row * ld_sum;
   y += row * ld_y;
   held([&](int i, int64_t c) { a[i] = load_pack<T, N>(x + c); });
+  if (delta.any()) held([&](int i, int64_t c) { b[i] = delta.at(row, c); });
   float squares = 0;
-  const auto take = [&](Pack<T, N>& v, const Pack<T, N>& more, int64_t c) {
-    if (delta != nullptr) {
+  const auto take = [&](Pack<T, N>& v, const More& more, int64_t c) {
+    if (delta.any()) {
       for (int i = 0; i < N; ++i) v.v[i] = from_float<T>(to_float(v.v[i]) + to_float(more.v[i]));
       store_pack<T, N>(sum + c, v);
     }
     for (int i = 0; i < N; ++i) squares += to_float(v.v[i]) * to_float(v.v[i]);
   };
-  if (delta != nullptr) {
-    delta += row * ld_delta;
-    held([&](int i, int64_t c) { b[i] = load_pack<T, N>(delta + c); });
-  }
   held([&](int i, int64_t c) { take(a[i], b[i], c); });
   for (int64_t c = first + kHeld * step; c < cols; c += step) {
-    Pack<T, N> v = load_pack<T, N>(x + c), more;
-    if (delta != nullptr) more = load_pack<T, N>(delta + c);
+    Pack<T, N> v = load_pack<T, N>(x + c);
+    More more;
+    if (delta.any()) more = delta.at(row, c);
     take(v, more, c);
   }
   const float scale = rsqrtf(block_sum(squares, shared) / static_cast<float>(cols) + eps);
@@ -59,7 +78,7 @@ __global__ void norm_kernel(const T* x, int64_t ld_x, const T* delta, int64_t ld
     store_pack<T, N>(y + c, out);
   };
   held([&](int i, int64_t c) { leave(a[i], weight[i], c); });
-  const T* in = delta != nullptr ? sum : x;
+  const T* in = delta.any() ? sum : x;
   for (int64_t c = first + kHeld * step; c < cols; c += step) leave(load_pack<T, N>(in + c), load_pack<T, N>(w + c), c);
 }
 
@@ -107,30 +126,51 @@ void CudaOps::rms_norm(TensorView x, TensorView w, float eps, TensorView y) {
   expect("rms_norm", "x", x, dtype_, -1, -1);
   expect_vector("rms_norm", "w", w, dtype_, x.cols);
   expect("rms_norm", "y", y, dtype_, x.rows, x.cols);
-  if (x.size() == 0) return;
-  device_.use();
-  dispatch_half(dtype_, [&]<class T>() {
-    const bool vectors = rows_of_vectors(x) && rows_of_vectors(y) && aligned16(w.data);
-    const Launch launch = row_launch(x.rows, vectors ? x.cols / 8 : x.cols, stream());
-    launch(vectors ? norm_kernel<T, 8> : norm_kernel<T, 1>, static_cast<const T*>(x.data), x.ld, nullptr, 0,
-           static_cast<const T*>(w.data), eps, nullptr, 0, static_cast<T*>(y.data), y.ld, x.cols);
-  });
+  norm_onto(x, {}, w, eps, {}, y);
 }
 
 void CudaOps::add_rms_norm(TensorView x, TensorView delta, TensorView w, float eps, TensorView sum, TensorView y) {
-  expect("add_rms_norm", "x", x, dtype_, -1, -1);
-  expect("add_rms_norm", "delta", delta, dtype_, x.rows, x.cols);
-  expect_vector("add_rms_norm", "w", w, dtype_, x.cols);
-  expect("add_rms_norm", "sum", sum, dtype_, x.rows, x.cols);
-  expect("add_rms_norm", "y", y, dtype_, x.rows, x.cols);
+  expect_add_rms_norm("add_rms_norm", x, delta, w, sum, y);
+  norm_onto(x, delta, w, eps, sum, y);
+}
+
+void CudaOps::expect_add_rms_norm(const char* op, TensorView x, TensorView delta, TensorView w, TensorView sum,
+                                  TensorView y) const {
+  expect(op, "x", x, dtype_, -1, -1);
+  expect(op, "delta", delta, dtype_, x.rows, x.cols);
+  expect_vector(op, "w", w, dtype_, x.cols);
+  expect(op, "sum", sum, dtype_, x.rows, x.cols);
+  expect(op, "y", y, dtype_, x.rows, x.cols);
+}
+
+void CudaOps::norm_onto(TensorView x, TensorView delta, TensorView w, float eps, TensorView sum, TensorView y) {
   if (x.size() == 0) return;
   device_.use();
   dispatch_half(dtype_, [&]<class T>() {
+    const auto launch = [&]<int N>() {
+      row_launch(x.rows, x.cols / N, stream())(norm_kernel<T, N, MatrixDelta<T, N>>, static_cast<const T*>(x.data), x.ld,
+                                               MatrixDelta<T, N>{static_cast<const T*>(delta.data), delta.ld},
+                                               static_cast<const T*>(w.data), eps, static_cast<T*>(sum.data), sum.ld,
+                                               static_cast<T*>(y.data), y.ld, x.cols);
+    };
     const bool vectors =
         rows_of_vectors(x) && rows_of_vectors(delta) && rows_of_vectors(sum) && rows_of_vectors(y) && aligned16(w.data);
-    const Launch launch = row_launch(x.rows, vectors ? x.cols / 8 : x.cols, stream());
-    launch(vectors ? norm_kernel<T, 8> : norm_kernel<T, 1>, static_cast<const T*>(x.data), x.ld, static_cast<const T*>(delta.data),
-           delta.ld, static_cast<const T*>(w.data), eps, static_cast<T*>(sum.data), sum.ld, static_cast<T*>(y.data), y.ld, x.cols);
+    vectors ? launch.template operator()<8>() : launch.template operator()<1>();
+  });
+}
+
+void CudaOps::linear_lora_add_rms_norm(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear,
+                                       const LoraGroups& groups, TensorView s, TensorView y, TensorView residual, TensorView norm,
+                                       float eps, TensorView sum, TensorView z) {
+  expect_add_rms_norm("linear_lora_add_rms_norm", residual, y, norm, sum, z);
+  KShares shares;
+  const bool vectors = rows_of_vectors(residual) && rows_of_vectors(sum) && rows_of_vectors(z) && aligned16(norm.data);
+  linear_lora_leaving(x, w, bias, linear, groups, s, y, vectors ? &shares : nullptr);
+  if (shares.count == 0) return norm_onto(residual, y, norm, eps, sum, z);
+  dispatch_half(dtype_, [&]<class T>() {
+    row_launch(residual.rows, residual.cols / 8, stream())(
+        norm_kernel<T, 8, SharesDelta>, static_cast<const T*>(residual.data), residual.ld, SharesDelta{shares},
+        static_cast<const T*>(norm.data), eps, static_cast<T*>(sum.data), sum.ld, static_cast<T*>(z.data), z.ld, residual.cols);
   });
 }
 

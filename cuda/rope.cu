@@ -2,9 +2,12 @@
 // the gradient. Both are bound by the bytes of q and k.
 #include <algorithm>
 #include <bit>
+#include <initializer_list>
+#include <utility>
 
 #include "common.cuh"
 #include "cuda_ops.h"
+#include "shares.cuh"
 
 namespace loquetier::cuda {
 
@@ -43,6 +46,7 @@ struct RopeArgs {
   const int32_t* kv_slots;
   T* k_pages;
   T* v_pages;
+  KShares shares;  // of qkv
 };
 
 // A block owns one row. `lanes` neighbouring threads (a power of two, at most a warp) own a head: each holds N columns of its first
@@ -84,8 +88,8 @@ struct Rotor {
   float cosine[N], sine[N];
 };
 
-// heads: q heads, then k heads, then (only with pages) v heads, which are copied.
-template <class T, int N>
+// heads: q heads, then k heads, then v heads where they go to pages or come from shares.
+template <class T, int N, bool kShares>
 __global__ void rope_kernel(RopeArgs<T> a, int heads, int lanes) {
   let_next_start();
   wait_for_previous();
@@ -95,14 +99,30 @@ __global__ void rope_kernel(RopeArgs<T> a, int heads, int lanes) {
   const int32_t slot = a.kv_slots != nullptr ? a.kv_slots[row] : -1;
   for (int head = static_cast<int>(threadIdx.x) / lanes; head < heads; head += groups) {
     T* x = a.qkv + row * a.ld + int64_t{head} * size;
+    const auto load = [&](int i) {
+      if constexpr (!kShares) {
+        return load_pack<T, N>(x + i);
+      } else {
+        const Floats<N> sum = sum_of_shares<N>(a.shares, row, int64_t{head} * size + i);
+        Pack<T, N> out;
+        for (int n = 0; n < N; ++n) out.v[n] = from_float<T>(sum.v[n]);
+        return out;
+      }
+    };
     const bool value = head >= a.q_heads + a.kv_heads;
     const int kv_head = head - a.q_heads - (value ? a.kv_heads : 0);
     const int64_t page_place = (int64_t{slot} * a.kv_heads + kv_head) * size;  // slot counts tokens over all pages
     if (value) {
-      if (slot < 0) continue;
+      if (slot < 0 && !kShares) continue;
       rotor.each([&](int i) {
-        store_pack<T, N>(a.v_pages + page_place + i, load_pack<T, N>(x + i));
-        store_pack<T, N>(a.v_pages + page_place + half + i, load_pack<T, N>(x + half + i));
+        const Pack<T, N> first = load(i), second = load(half + i);
+        if (kShares) {
+          store_pack<T, N>(x + i, first);
+          store_pack<T, N>(x + half + i, second);
+        }
+        if (slot < 0) return;
+        store_pack<T, N>(a.v_pages + page_place + i, first);
+        store_pack<T, N>(a.v_pages + page_place + half + i, second);
       });
       continue;
     }
@@ -111,7 +131,7 @@ __global__ void rope_kernel(RopeArgs<T> a, int heads, int lanes) {
     if (w != nullptr) {
       float squares = 0;
       rotor.each([&](int i) {
-        const Pack<T, N> first = load_pack<T, N>(x + i), second = load_pack<T, N>(x + half + i);
+        const Pack<T, N> first = load(i), second = load(half + i);
         for (int n = 0; n < N; ++n)
           squares += to_float(first.v[n]) * to_float(first.v[n]) + to_float(second.v[n]) * to_float(second.v[n]);
       });
@@ -120,7 +140,7 @@ __global__ void rope_kernel(RopeArgs<T> a, int heads, int lanes) {
     T* keep = a.raw != nullptr && row < a.raw_rows ? a.raw + row * a.ld_raw + int64_t{head} * size : nullptr;
     T* page = head >= a.q_heads && slot >= 0 ? a.k_pages + page_place : nullptr;
     rotor.each([&](int i) {
-      Pack<T, N> first = load_pack<T, N>(x + i), second = load_pack<T, N>(x + half + i);
+      Pack<T, N> first = load(i), second = load(half + i);
       if (keep != nullptr) {
         store_pack<T, N>(keep + i, first);
         store_pack<T, N>(keep + half + i, second);
@@ -196,14 +216,22 @@ __global__ void rope_backward_kernel(RopeArgs<T> a, int heads, int lanes) {
   }
 }
 
-// One launch of the forward or the backward kernel: 16-byte vectors where heads and pointers allow.
+// Whether heads and places (first row, elements between rows) allow 16-byte vectors.
+bool by_vectors(int half, std::initializer_list<std::pair<const void*, int64_t>> rows) {
+  bool all = half % 8 == 0 && half <= 8 * kWarp;
+  for (const auto& [p, ld] : rows) all = all && aligned16(p) && ld % 8 == 0;
+  return all;
+}
+bool takes_vectors(TensorView qkv, const Rope& of) {
+  return by_vectors(of.shape.head_size / 2, {{qkv.data, qkv.ld}, {of.raw.data, of.raw.ld}, {of.kv.k, 0}, {of.kv.v, 0}});
+}
+
+// One launch of the forward or the backward kernel.
 template <class T, class Vectors, class Single>
 void launch_rope(const RopeArgs<T>& a, int heads, Vectors vectors, Single single, cudaStream_t stream,
                  std::source_location where = std::source_location::current()) {
   const int half = a.head_size / 2;
-  const auto rows_aligned = [](const T* p, int64_t ld) { return aligned16(p) && ld % 8 == 0; };
-  const bool fast = half % 8 == 0 && half <= 8 * kWarp && rows_aligned(a.qkv, a.ld) && rows_aligned(a.raw, a.ld_raw) &&
-                    aligned16(a.k_pages) && aligned16(a.v_pages);
+  const bool fast = by_vectors(half, {{a.qkv, a.ld}, {a.raw, a.ld_raw}, {a.k_pages, 0}, {a.v_pages, 0}});
   const int lanes = fast ? static_cast<int>(std::bit_ceil(static_cast<unsigned>(half / 8))) : kWarp;
   // Many rows: few threads that keep their cosines over several heads. Few rows: a thread for everything.
   const int64_t wanted = a.rows >= kManyRows ? kFewThreads : std::min<int64_t>(int64_t{heads} * lanes, kMostThreads);
@@ -232,22 +260,42 @@ void CudaOps::rope_table(const int32_t* positions, const float* inv_freq, float 
 
 void CudaOps::rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
                    TensorView raw, const int32_t* kv_slots, KvLayer kv, const KvShape& kv_shape) {
-  check_heads("rope", shape);
+  const Rope of = {shape, cos_sin, q_norm, k_norm, eps, raw, kv_slots, kv, kv_shape};
+  expect_rope("rope", qkv, of);
+  rope_onto(qkv, of, {});
+}
+
+void CudaOps::linear_lora_rope(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                               TensorView s, TensorView qkv, const Rope& of) {
+  expect_rope("linear_lora_rope", qkv, of);
+  KShares shares;
+  linear_lora_leaving(x, w, bias, linear, groups, s, qkv, takes_vectors(qkv, of) ? &shares : nullptr);
+  rope_onto(qkv, of, shares);
+}
+
+void CudaOps::expect_rope(const char* op, TensorView qkv, const Rope& of) const {
+  const AttentionShape& shape = of.shape;
+  check_heads(op, shape);
   const int64_t d = shape.head_size;
-  expect("rope", "qkv", qkv, dtype_, -1, (shape.q_heads + 2 * shape.kv_heads) * d);
-  expect("rope", "cos_sin", cos_sin, DType::f32, qkv.rows, d);
-  expect_vector("rope", "q_norm", q_norm, dtype_, d, true);
-  expect_vector("rope", "k_norm", k_norm, dtype_, d, true);
-  if (raw.data != nullptr) {
-    expect("rope", "raw", raw, dtype_, -1, (shape.q_heads + shape.kv_heads) * d);
-    require(raw.rows <= qkv.rows, "[rope] raw: expected at most ", qkv.rows, " rows, got ", raw.rows);
+  expect(op, "qkv", qkv, dtype_, -1, (shape.q_heads + 2 * shape.kv_heads) * d);
+  expect(op, "cos_sin", of.cos_sin, DType::f32, qkv.rows, d);
+  expect_vector(op, "q_norm", of.q_norm, dtype_, d, true);
+  expect_vector(op, "k_norm", of.k_norm, dtype_, d, true);
+  if (of.raw.data != nullptr) {
+    expect(op, "raw", of.raw, dtype_, -1, (shape.q_heads + shape.kv_heads) * d);
+    require(of.raw.rows <= qkv.rows, "[", op, "] raw: expected at most ", qkv.rows, " rows, got ", of.raw.rows);
   }
-  const bool pages = kv_slots != nullptr && kv.k != nullptr;
-  if (pages) {
-    require(kv_shape.kv_heads == shape.kv_heads && kv_shape.head_size == shape.head_size, "[rope] kv: expected pages of ",
-            shape.kv_heads, " heads of ", shape.head_size, ", got ", kv_shape.kv_heads, " of ", kv_shape.head_size);
+  if (of.kv_slots != nullptr && of.kv.k != nullptr) {
+    require(of.kv_shape.kv_heads == shape.kv_heads && of.kv_shape.head_size == shape.head_size, "[", op,
+            "] kv: expected pages of ", shape.kv_heads, " heads of ", shape.head_size, ", got ", of.kv_shape.kv_heads, " of ",
+            of.kv_shape.head_size);
   }
+}
+
+void CudaOps::rope_onto(TensorView qkv, const Rope& of, const KShares& shares) {
   if (qkv.rows == 0) return;
+  const AttentionShape& shape = of.shape;
+  const bool pages = of.kv_slots != nullptr && of.kv.k != nullptr;
   device_.use();
   dispatch_half(dtype_, [&]<class T>() {
     const RopeArgs<T> args = {static_cast<T*>(qkv.data),
@@ -256,19 +304,22 @@ void CudaOps::rope(TensorView qkv, const AttentionShape& shape, TensorView cos_s
                               shape.q_heads,
                               shape.kv_heads,
                               shape.head_size,
-                              static_cast<const float*>(cos_sin.data),
-                              cos_sin.ld,
-                              static_cast<const T*>(q_norm.data),
-                              static_cast<const T*>(k_norm.data),
-                              eps,
-                              static_cast<T*>(raw.data),
-                              raw.ld,
-                              raw.rows,
-                              pages ? kv_slots : nullptr,
-                              static_cast<T*>(kv.k),
-                              static_cast<T*>(kv.v)};
-    const int heads = shape.q_heads + shape.kv_heads * (pages ? 2 : 1);
-    launch_rope(args, heads, rope_kernel<T, 8>, rope_kernel<T, 1>, stream());
+                              static_cast<const float*>(of.cos_sin.data),
+                              of.cos_sin.ld,
+                              static_cast<const T*>(of.q_norm.data),
+                              static_cast<const T*>(of.k_norm.data),
+                              of.eps,
+                              static_cast<T*>(of.raw.data),
+                              of.raw.ld,
+                              of.raw.rows,
+                              pages ? of.kv_slots : nullptr,
+                              static_cast<T*>(of.kv.k),
+                              static_cast<T*>(of.kv.v),
+                              shares};
+    const bool values = pages || shares.count > 0;
+    const int heads = shape.q_heads + shape.kv_heads * (values ? 2 : 1);
+    if (shares.count > 0) launch_rope(args, heads, rope_kernel<T, 8, true>, rope_kernel<T, 8, true>, stream());
+    else launch_rope(args, heads, rope_kernel<T, 8, false>, rope_kernel<T, 1, false>, stream());
   });
 }
 
@@ -302,7 +353,8 @@ void CudaOps::rope_backward(TensorView dqkv, const AttentionShape& shape, Tensor
                               raw.rows,
                               nullptr,
                               nullptr,
-                              nullptr};
+                              nullptr,
+                              {}};
     const int heads = shape.q_heads + shape.kv_heads;
     launch_rope(args, heads, rope_backward_kernel<T, 8>, rope_backward_kernel<T, 1>, stream());
   });

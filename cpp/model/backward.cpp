@@ -144,7 +144,7 @@ void Model::backward_part(const BackwardLayer& of, BackwardPart part, const Back
       for (int i = 0; i < 4; ++i) keep.s[i] = mine(from.s[i]);
       const LayerBatch rows = {block.rows, block.rows, &groups, &block.packed, nullptr, nullptr, cos_sin, {}, true};
       ops_.rms_norm(x, weights.input_norm, config.rms_norm_eps, work.norm);
-      layer_forward(ops_, config, weights, of.layer, rows, keep, {}, {}, work.norm, act, work.delta, false);
+      layer_forward(ops_, config, weights, of.layer, rows, keep, {}, {}, work.norm, act, work.delta, nullptr);
       return;
     }
     case BackwardPart::mlp: {

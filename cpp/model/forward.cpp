@@ -26,17 +26,38 @@ void adapted_linear(Ops& ops, const LinearWeights& weights, const LoraLinear& lo
   }
 }
 
+namespace {
+
+// x = residual + linear(in), norm = rms_norm(x); delta is scratch.
+void linear_into_stream(Ops& ops, const LinearWeights& weights, const LoraLinear& lora, const LoraGroups& groups, TensorView in,
+                        TensorView s, TensorView delta, TensorView residual, TensorView norm_weight, float eps, TensorView x,
+                        TensorView norm) {
+  if (weights.size() == 1) {
+    ops.linear_lora_add_rms_norm(in, weights[0].w, weights[0].bias, lora, groups, s, delta, residual, norm_weight, eps, x, norm);
+  } else {
+    adapted_linear(ops, weights, lora, groups, in, s, delta);
+    ops.add_rms_norm(residual, delta, norm_weight, eps, x, norm);
+  }
+}
+
+}  // namespace
+
 void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weights, int64_t layer, const LayerBatch& batch,
                    const LayerSaved& keep, KvLayer kv, const KvShape& kv_shape, TensorView norm, TensorView act, TensorView delta,
-                   bool output) {
+                   const LayerOutput* output) {
   const AttentionShape shape = config.attention();
   const int64_t q_cols = int64_t{shape.q_heads} * shape.head_size, k_cols = int64_t{shape.kv_heads} * shape.head_size;
   const LoraGroups& groups = *batch.groups;
   const auto lora = [&](Site site) { return lora_linear(config, site_of(layer, site)); };
 
-  adapted_linear(ops, weights.qkv, lora(Site::qkv), groups, norm, keep.s[0], keep.qkv);
-  ops.rope(keep.qkv, shape, batch.cos_sin, weights.q_norm, weights.k_norm, config.rms_norm_eps, keep.raw, batch.kv_slots, kv,
-           kv_shape);
+  const float eps = config.rms_norm_eps;
+  const Rope rope = {shape, batch.cos_sin, weights.q_norm, weights.k_norm, eps, keep.raw, batch.kv_slots, kv, kv_shape};
+  if (weights.qkv.size() == 1) {
+    ops.linear_lora_rope(norm, weights.qkv[0].w, weights.qkv[0].bias, lora(Site::qkv), groups, keep.s[0], keep.qkv, rope);
+  } else {
+    adapted_linear(ops, weights.qkv, lora(Site::qkv), groups, norm, keep.s[0], keep.qkv);
+    ops.rope(keep.qkv, shape, rope.cos_sin, rope.q_norm, rope.k_norm, eps, rope.raw, rope.kv_slots, kv, kv_shape);
+  }
 
   const TensorView q = keep.qkv.slice_cols(0, q_cols);
   const bool paged = batch.paged && batch.paged->sequences > 0;
@@ -54,8 +75,8 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
     ops.attention_paged(q, kv, kv_shape, *batch.paged, shape, keep.attn);
   }
 
-  adapted_linear(ops, weights.o, lora(Site::o), groups, keep.attn, keep.s[1], delta);
-  ops.add_rms_norm(keep.x, delta, weights.post_norm, config.rms_norm_eps, keep.mid, norm);
+  linear_into_stream(ops, weights.o, lora(Site::o), groups, keep.attn, keep.s[1], delta, keep.x, weights.post_norm, eps, keep.mid,
+                     norm);
 
   const LinearWeights& gate_up = weights.gate_up;
   if (gate_up.size() == 1 && gate_up[0].bias.empty()) {
@@ -65,7 +86,8 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
     ops.swiglu(keep.gate_up, act);
   }
   if (output) {
-    adapted_linear(ops, weights.down, lora(Site::down), groups, act, keep.s[3], delta);
+    linear_into_stream(ops, weights.down, lora(Site::down), groups, act, keep.s[3], delta, keep.mid, output->norm, eps, output->x,
+                       norm);
   } else if (any_lora(groups)) {
     ops.lora_shrink(lora(Site::down), groups, act, keep.s[3]);
   }
@@ -113,10 +135,9 @@ int64_t Model::run_layers(const BatchView& batch, KvCache& kv, const Saved* save
     // Unless all is kept the residual stream runs in place, or through the inputs that are kept.
     keep.x = stream(l);
     keep.mid = keep_all ? mine(saved->layers[i].mid) : stream(l + 1);
+    const LayerOutput output = {l + 1 < layers ? table.layers[i + 1].input_norm : table.final_norm, stream(l + 1)};
     layer_forward(ops_, config, table.layers[i], l, layer_batch, keep, kv.layers[i], kv.shape, work.norm, work.act, work.delta,
-                  true);
-    const TensorView next_norm = l + 1 < layers ? table.layers[i + 1].input_norm : table.final_norm;
-    ops_.add_rms_norm(keep.mid, work.delta, next_norm, config.rms_norm_eps, stream(l + 1), work.norm);
+                  &output);
     if (copy_s && saved->rank > 0 && batch.train_rows > 0) {
       for (int k = 0; k < 4; ++k) {
         ops_.convert(work.s[k].slice_rows(0, batch.train_rows).slice_cols(0, saved->rank),

@@ -32,12 +32,18 @@ struct LayerBatch {
   bool for_backward = false;          // gate_up is an output; otherwise scratch
 };
 
-// One layer over all rows. in: keep.x, norm = rms_norm(keep.x). Fills keep (qkv, attn, mid, gate_up, s, ...); norm becomes
-// rms_norm(keep.mid), act the swiglu output. delta [T, H] is the o projection on the way, and with `output` ends as what the layer
-// adds to keep.mid.
+// Where a layer ends: the norm in front of what comes next, and the residual stream.
+struct LayerOutput {
+  TensorView norm;  // [H]
+  TensorView x;     // [T, H]  may be keep.mid
+};
+
+// One layer over all rows. in: keep.x, norm = rms_norm(keep.x). Fills keep (qkv, attn, mid, gate_up, s, ...), act is the swiglu
+// output; norm ends as that of output.x, or without an output, where the layer ends in front of down's product, of keep.mid.
+// delta [T, H] is scratch.
 void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weights, int64_t layer, const LayerBatch& batch,
                    const LayerSaved& keep, KvLayer kv, const KvShape& kv_shape, TensorView norm, TensorView act, TensorView delta,
-                   bool output);
+                   const LayerOutput* output);
 
 // The heads of chunks [first, last) (heads.cpp). final_norm [T, H] is rms_norm(final_x); final_x and dx [train rows, H] are used by
 // train chunks only.

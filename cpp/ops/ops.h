@@ -135,6 +135,17 @@ struct AttentionShape {
   float scale = 0;        // of the scores, usually 1 / sqrt(D)
 };
 
+// What rope() takes beside q, k and v.
+struct Rope {
+  AttentionShape shape;
+  TensorView cos_sin, q_norm, k_norm;
+  float eps = 0;
+  TensorView raw;
+  const int32_t* kv_slots = nullptr;
+  KvLayer kv;
+  KvShape kv_shape;
+};
+
 // ---------------------------------------------------------------- heads and optimizer tables
 
 enum class LossKind : int32_t { cross_entropy, importance_sampling, ppo, weighted_logprob };
@@ -286,6 +297,20 @@ class Ops {
     if (!any_lora(groups)) return;
     lora_shrink(linear, groups, x, s);
     lora_expand(linear, groups, s, y);
+  }
+  // linear_lora, then add_rms_norm of what it adds to x: sum = residual + y, z = rms_norm(sum). y is scratch. One call so that a
+  // backend may finish y where the norm reads it.     y, residual, sum, z [T, sum out] C, sum may be residual; norm [sum out] C
+  virtual void linear_lora_add_rms_norm(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear,
+                                        const LoraGroups& groups, TensorView s, TensorView y, TensorView residual, TensorView norm,
+                                        float eps, TensorView sum, TensorView z) {
+    linear_lora(x, w, bias, linear, groups, s, y);
+    add_rms_norm(residual, y, norm, eps, sum, z);
+  }
+  // linear_lora of q, k and v, then rope: qkv [T, (Q + 2K) D] C as that leaves it.
+  virtual void linear_lora_rope(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                                TensorView s, TensorView qkv, const Rope& rope) {
+    linear_lora(x, w, bias, linear, groups, s, qkv);
+    this->rope(qkv, rope.shape, rope.cos_sin, rope.q_norm, rope.k_norm, rope.eps, rope.raw, rope.kv_slots, rope.kv, rope.kv_shape);
   }
   // ds[:, r0:r0+R] = scale * dy[:, part] B.                   dy [T, sum out] C; ds [T, >= max_rank] C
   virtual void lora_backward_s(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView ds) = 0;

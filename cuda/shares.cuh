@@ -1,0 +1,30 @@
+// Adding up the shares of k that a product of a decode step has left (linear_decode.h).
+#pragma once
+
+#include "common.cuh"
+#include "linear_decode.h"
+
+namespace loquetier::cuda {
+
+template <int N>
+struct alignas(16) Floats {
+  float v[N];
+};
+
+// N neighbours of a row, whole vectors of four, in the order of the shares.
+template <int N>
+__device__ inline Floats<N> sum_of_shares(const KShares& of, int64_t row, int64_t column) {
+  const float* from = of.sums + row * of.ld + column;
+  Floats<N> sum = {};
+#pragma unroll 4
+  for (int share = 0; share < of.count; ++share, from += of.step) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const float4 part = *reinterpret_cast<const float4*>(from + i);
+      sum.v[i] += part.x, sum.v[i + 1] += part.y, sum.v[i + 2] += part.z, sum.v[i + 3] += part.w;
+    }
+  }
+  return sum;
+}
+
+}  // namespace loquetier::cuda
