@@ -91,8 +91,8 @@ class Scratch {
 };
 
 class AttentionPlans;  // attention_cudnn.cpp
-class FusedLinear;   // fused_linear.cpp
-struct KShares;      // linear_decode.h
+class FusedLinear;     // fused_linear.cpp
+struct KShares;        // linear_decode.h
 struct LoraCall;       // lora_call.h
 
 class CudaOps final : public Ops {
@@ -141,6 +141,9 @@ class CudaOps final : public Ops {
   void linear_lora_swiglu_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
                                    TensorView gate_up, TensorView h) override;
   // The ways of linear_lora and linear_lora_backward with many rows, s and ds being there already; the benchmark compares them.
+  // linear and linear_backward by cuBLASLt alone, for shapes that those have checked.
+  void linear_by_blas(TensorView x, TensorView w, TensorView bias, TensorView y, bool accumulate);
+  void linear_backward_by_blas(TensorView dy, TensorView w, TensorView dx, bool accumulate);
   // Base and LoRA as one product. False: does not fit, nothing was done.
   bool linear_lora_fused(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
                          TensorView s, TensorView y);

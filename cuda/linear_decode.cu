@@ -3,8 +3,9 @@
 //
 // A block owns a tile of W's rows (as low as keeps all processors busy) and one of `splits` shares of k. One warp keeps a ring of
 // stages on its way (TMA), two warpgroups multiply: W is the left operand (its rows are m), the rows of x are n, so 8 to 64 of them
-// cost no padding. The shares of k stay in f32 in global memory (which the L2 holds) for the launch behind to add up, where that one
-// can; or they meet there: every block lays its sums down, waits for the others of its tile, and adds up its part in a fixed order.
+// cost no padding. The shares of k stay in f32 in global memory (which the L2 holds) for the launch behind to add up, where that
+// one can; or they meet there: every block lays its sums down, waits for the others of its tile, and adds up its part in a fixed
+// order.
 //
 // With adapters (linear_decode_lora.cuh) the ring carries as much of W as it holds, the block's share of all A and more of W in
 // turns, the rest of W, and the tile's rows of B. The sums of the shrink cross between the blocks while W passes; three more warps
@@ -12,8 +13,8 @@
 // Processors that have no tile take a larger share of the shrink. A launch without adapters has a kernel of its own. Both run from
 // a cold instruction cache, so code is kept short: what runs once is not unrolled, and divisions are quotient()s or the host's.
 //
-// Gate and up with swiglu behind them ("pair"): a tile is as many rows of gate as of up, in blocks gate, up, gate, up, the first two
-// for one warpgroup, the others for the other. A thread then has both values of an h, and y is h.
+// Gate and up with swiglu behind them ("pair"): a tile is as many rows of gate as of up, in blocks gate, up, gate, up, the first
+// two for one warpgroup, the others for the other. A thread then has both values of an h, and y is h.
 //
 // One file because every part of the kernel works on the same ring.
 //
@@ -100,9 +101,9 @@ struct DecodeArgs {
   float* wide;  // not null: y is not written, but the sums [splits, rows, n], rows ld_wide apart
   int64_t ld_wide;
   const void* bias;  // [n] or null
-  int rows, n, k;  // n: columns of y
-  int height;      // rows of W of a tile, a multiple of 16
-  int block;       // of them that one 64 of m has: less than 64 only of a pair
+  int rows, n, k;    // n: columns of y
+  int height;        // rows of W of a tile, a multiple of 16
+  int block;         // of them that one 64 of m has: less than 64 only of a pair
   int tiles, splits;
   Equal pieces, s_rows, blocks;  // of k, rows of the batch, blocks of 16 columns of a tile: over the splits
   int stages, stage;             // of the ring, and the bytes of one
@@ -210,8 +211,7 @@ __device__ inline void fetch_stages(const CUtensorMap& w_map, const CUtensorMap&
   at.place = __shfl_sync(0xffffffffu, at.place, 0);
   at.round = __shfl_sync(0xffffffffu, at.round, 0);
   for (int tile = share.first; tile < a.tiles;) {
-    if constexpr (kLora)
-      fetch_b<kPair>(all, part_of<kPair>(a.lora.call, tile, a.height), a.height, share.from, share.to, ring, at);
+    if constexpr (kLora) fetch_b<kPair>(all, part_of<kPair>(a.lora.call, tile, a.height), a.height, share.from, share.to, ring, at);
     tile += share.step;
     if (tile >= a.tiles) return;
 #pragma unroll 1
@@ -638,13 +638,14 @@ void launch_decode(TensorMaps& maps, TensorView x, TensorView w, DecodeArgs args
                 1,
                 where,
                 true};
-  launch(decode_kernel<T, kLora, kPair, kM, kRows>, maps.get(w, kK, kPair ? args.block : args.height), maps.get(x, kK, kRows), args);
+  launch(decode_kernel<T, kLora, kPair, kM, kRows>, maps.get(w, kK, kPair ? args.block : args.height), maps.get(x, kK, kRows),
+         args);
 }
 
 struct Way {
   int m = 2, splits = 1, height = 256;
 };
-const double kLeave = getenv("LQ_LEAVE") ? atof(getenv("LQ_LEAVE")) : 6e3;
+constexpr double kLeave = 6e3;  // for way_of(): what shares that are left cost, in bytes of W; 0 to 80e3: the same, measured
 
 // Tile and shares of k: one wave of blocks, shares of at least eight stages, and then what costs a block least time by its bytes of
 // W and, from the L2, of x and of sums. A tile lies in one part of an adapter.

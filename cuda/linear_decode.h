@@ -26,9 +26,10 @@ struct KShares {
   int64_t ld = 0, step = 0;
 };
 
-// y = x W^T + bias + scale s B^T for at most kMaxDecodeRows rows, 16-bit x, w [N, K] and y, or f32 y, f32 sums. False: shapes or alignment it does not take (rows of 16 bytes, parts that end inside a tile, ranks above
-// 256), nothing was launched. The workspace has decode_workspace() bytes (ops/workspace.h), zeroed once, then the launches' own.
-// shares not null: they may be left there in place of y, for the next launch on the stream and no later one.
+// y = x W^T + bias + scale s B^T for at most kMaxDecodeRows rows, 16-bit x, w [N, K] and y, or f32 y, f32 sums. False: shapes or
+// alignment it does not take (rows of 16 bytes, parts that end inside a tile, ranks above 256), nothing was launched. The workspace
+// has decode_workspace() bytes (ops/workspace.h), zeroed once, then the launches' own. shares not null: they may be left there in
+// place of y, for the next launch on the stream and no later one.
 bool decode_linear(TensorMaps& maps, void* workspace, TensorView x, TensorView w, const void* bias, TensorView y,
                    const DecodeLora& lora, int processors, cudaStream_t stream, KShares* shares = nullptr);
 // h = swiglu(gate | up) of the same, where w [2 F, K] is gate, then up; h [T, F] 16-bit. Ranks of both together up to 128.

@@ -2,8 +2,8 @@
 // at a time while the first steps of the next tile run: registers -> swizzled shared memory -> memory by TMA, which leaves out what
 // lies past the edges.
 //   forward, backward   blocks of 64 columns, one a step, in two places by turns
-//   swiglu              a tile is 128 columns of gate and the same of up: blocks of 32 of either (where they are asked for) and of h
-//   swiglu_backward     the tile is dh: gate and up of 32 columns come a few steps ahead; their gradients and h take their places
+//   swiglu              a tile is 128 columns of gate and the same of up: blocks of 32 of either (where they are asked for) and of
+//   h swiglu_backward     the tile is dh: gate and up of 32 columns come a few steps ahead; their gradients and h take their places
 #pragma once
 
 #include <cutlass/arch/barrier.h>

@@ -269,7 +269,8 @@ void CudaOps::linear_lora_rope(TensorView x, TensorView w, TensorView bias, cons
                                TensorView s, TensorView qkv, const Rope& of) {
   expect_rope("linear_lora_rope", qkv, of);
   KShares shares;
-  linear_lora_leaving(x, w, bias, linear, groups, s, qkv, takes_vectors(qkv, of) ? &shares : nullptr);
+  // Without adapters the product's own sums are the faster way, at 64 rows by 1.4 us of 21.
+  linear_lora_leaving(x, w, bias, linear, groups, s, qkv, any_lora(groups) && takes_vectors(qkv, of) ? &shares : nullptr);
   rope_onto(qkv, of, shares);
 }
 
@@ -286,9 +287,8 @@ void CudaOps::expect_rope(const char* op, TensorView qkv, const Rope& of) const 
     require(of.raw.rows <= qkv.rows, "[", op, "] raw: expected at most ", qkv.rows, " rows, got ", of.raw.rows);
   }
   if (of.kv_slots != nullptr && of.kv.k != nullptr) {
-    require(of.kv_shape.kv_heads == shape.kv_heads && of.kv_shape.head_size == shape.head_size, "[", op,
-            "] kv: expected pages of ", shape.kv_heads, " heads of ", shape.head_size, ", got ", of.kv_shape.kv_heads, " of ",
-            of.kv_shape.head_size);
+    require(of.kv_shape.kv_heads == shape.kv_heads && of.kv_shape.head_size == shape.head_size, "[", op, "] kv: expected pages of ",
+            shape.kv_heads, " heads of ", shape.head_size, ", got ", of.kv_shape.kv_heads, " of ", of.kv_shape.head_size);
   }
 }
 

@@ -108,8 +108,8 @@ int64_t Model::run_layers(const BatchView& batch, KvCache& kv, const Saved* save
     return !train ? work.x : mine(l < layers ? saved->layers[static_cast<size_t>(l)].x : saved->final_x);
   };
 
-  LayerBatch layer_batch = {rows,    batch.packed_rows, &batch.groups, &batch.packed, &batch.paged, batch.kv_slots,
-                            cos_sin, {},                keep_all};
+  LayerBatch layer_batch = {rows, batch.packed_rows, &batch.groups, &batch.packed, &batch.paged, batch.kv_slots, cos_sin,
+                            {},   keep_all};
   if (first == 0) {
     ops_.rope_table(batch.positions, weights_->inv_freq.as<float>(), 1.0f, cos_sin);
     ops_.embedding(batch.ids, table.embedding, stream(0));

@@ -201,7 +201,7 @@ void check_swiglu(Rig& rig, const LoraShape& shape, bool parts) {
   // Where only h is wanted gate_up may never be written; of few rows the sums then have another order.
   OnDevice alone(rig, shape.rows, columns), s3(rig, shape.rows, rank), unused(rig, shape.rows, lora.columns);
   run_twice({&s3, &alone}, [&] { rig.ops().linear_lora_swiglu(dx, dw, lora.linear, lora.groups, s3, unused, alone, false); });
-  expect("linear_lora_swiglu h alone" + label, alone.get(), reference::swiglu(want), rig.bound(6e-6));
+  expect("linear_lora_swiglu h alone" + label, alone.get(), reference::swiglu(gate_up.get()), rig.bound(6e-6));
   if (lora.max_rank > 0) expect("linear_lora_swiglu s" + label, s3.get(), s.get(), rig.bound(1e-6));
   if (shape.rows > 64) CHECK(alone.download() == h.download());
 }
@@ -284,15 +284,107 @@ TEST(linear_lora_swiglu_against_the_reference) {
     // Tiles of any height, in one wave and in several, the last one cut off; ranks that one unit of a stage does not hold.
     for (const int64_t columns : {8, 24, 136, 2056, 14336, 34184}) {
       check_swiglu(rig, {"decode, gate and up, base rows alone", 23, 72, {columns, columns}, {}}, false);
-      check_swiglu(rig,
-                   {"decode, gate and up", 30, 200, {columns, columns}, {{0, 3, {8, 16}, 0}, {5, 9, {64, 0}, 0}, {14, 1, {0, 24}, 0}}},
-                   false);
+      check_swiglu(
+          rig, {"decode, gate and up", 30, 200, {columns, columns}, {{0, 3, {8, 16}, 0}, {5, 9, {64, 0}, 0}, {14, 1, {0, 24}, 0}}},
+          false);
     }
     check_swiglu(rig, {"decode, gate and up, large ranks", 5, 136, {264, 264}, {{0, 3, {72, 64}, 0}, {3, 2, {256, 8}, 0}}}, false);
     for (const LoraShape& shape : large_shapes()) check_swiglu(rig, of_gate_and_up(shape), true);
     check_swiglu(rig, {"base rows alone", 2100, 520, {264, 264}, {}}, true);
     if (rig.deterministic()) return;
     for (const LoraShape& shape : divided_shapes()) check_swiglu(rig, of_gate_and_up(shape), true);
+  });
+}
+
+// The norm and rope behind a product may be what adds up its shares of k.
+TEST(linear_lora_add_rms_norm_against_its_parts) {
+  for_each_rig([](Rig& rig) {
+    std::vector<LoraShape> shapes = all_shapes(rig, true);
+    for (const int64_t in : {72, 1032, 4096, 14336})
+      for (const int64_t rows : {1, 16, 29, 64})
+        if (!rig.exact() || in < 2000) shapes.push_back({"base rows alone", rows, in, {1032}, {}});
+    if (!rig.exact()) {  // rows that the norm does not hold in registers, too
+      shapes.push_back({"shares of k, wide rows", 40, 4096, {8200}, {{3, 9, {16}, 0}, {12, 28, {8}, 0}}});
+      shapes.push_back({"shares of k", 64, 14336, {4096}, {{0, 8, {16}, 0}, {8, 1, {64}, 0}, {20, 44, {8}, 0}}});
+    }
+    for (const LoraShape& shape : shapes) {
+      const std::string label = std::string(" (") + shape.name + ")";
+      LoraRig lora(rig, shape.rows, shape.in, shape.out, shape.groups);
+      const int64_t rank = std::max(lora.max_rank, 8), columns = lora.columns;
+      Host x = rig.random(shape.rows, shape.in), w = rig.random(columns, shape.in, 1 / std::sqrt(double(shape.in)));
+      Host residual = rig.random(shape.rows, columns), norm = rig.random(1, columns), bias = rig.random(1, columns);
+      OnDevice dx(rig, x), dw(rig, w), dnorm(rig, norm), dbias(rig, bias), in(rig, residual), s(rig, shape.rows, rank),
+          y(rig, shape.rows, columns), sum(rig, shape.rows, columns), z(rig, shape.rows, columns), s2(rig, shape.rows, rank),
+          y2(rig, shape.rows, columns), sum2(rig, shape.rows, columns), z2(rig, shape.rows, columns);
+      for (const bool with_bias : {false, true}) {
+        const TensorView b = with_bias ? dbias.view() : TensorView{};
+        run_twice({&sum, &z},
+                  [&] { rig.ops().linear_lora_add_rms_norm(dx, dw, b, lora.linear, lora.groups, s, y, in, dnorm, 1e-5f, sum, z); });
+        rig.ops().linear_lora(dx, dw, b, lora.linear, lora.groups, s2, y2);
+        rig.ops().add_rms_norm(in, y2, dnorm, 1e-5f, sum2, z2);
+        if (rig.deterministic() || shape.rows > 64) {
+          CHECK(sum.download() == sum2.download());
+          CHECK(z.download() == z2.download());
+        }
+        expect("linear_lora_add_rms_norm sum" + label, sum.get(), sum2.get(), rig.bound(1e-6));
+        expect("linear_lora_add_rms_norm" + label, z.get(), z2.get(), rig.bound(1e-6));
+      }
+      OnDevice stream(rig, residual);  // in place
+      rig.ops().linear_lora_add_rms_norm(dx, dw, {}, lora.linear, lora.groups, s, y, stream, dnorm, 1e-5f, stream, z2);
+      rig.ops().linear_lora_add_rms_norm(dx, dw, {}, lora.linear, lora.groups, s, y, in, dnorm, 1e-5f, sum, z);
+      CHECK(stream.download() == sum.download());
+      CHECK(z2.download() == z.download());
+    }
+  });
+}
+
+TEST(linear_lora_rope_against_its_parts) {
+  for_each_rig([](Rig& rig) {
+    for (const int32_t d : {64, 128, 16})
+      for (const int64_t rows : {1, 16, 45, 64, 70})
+        for (const bool with_lora : {false, true})
+          for (const bool norms : {false, true}) {
+            const int64_t in = rig.exact() ? 64 : 2056, columns = 8 * d;
+            std::vector<GroupSpec> groups;
+            if (with_lora)
+              groups = {{0, static_cast<int32_t>(rows / 2), {16, 8, 0}, 0}, {static_cast<int32_t>(rows / 2), 1, {8, 8, 24}, 0}};
+            LoraRig lora(rig, rows, in, {4 * d, 2 * d, 2 * d}, groups);
+            const int64_t rank = std::max(lora.max_rank, 8);
+            const AttentionShape shape{4, 2, d, 0};
+            const KvShape kv_shape{10, 8, 2, d};
+            std::vector<int32_t> positions, slots;
+            std::vector<float> inv_freq;
+            for (int32_t t = 0; t < rows; ++t) {
+              positions.push_back(static_cast<int32_t>(rig.random_int(5000)));
+              slots.push_back(t % 3 == 0 ? -1 : t);
+            }
+            for (int32_t i = 0; i < d / 2; ++i) inv_freq.push_back(static_cast<float>(std::pow(10000.0, -2.0 * i / d)));
+            ArrayOnDevice<int32_t> dpositions(rig, positions), dslots(rig, slots);
+            ArrayOnDevice<float> dfreq(rig, inv_freq);
+            OnDevice table(rig, rows, d, DType::f32);
+            rig.ops().rope_table(dpositions.data(), dfreq.data(), 1.0f, table);
+            rig.device().synchronize();
+
+            Host x = rig.random(rows, in), w = rig.random(columns, in, 1 / std::sqrt(double(in)));
+            Host bias = rig.random(1, columns), norm = rig.random(1, d);
+            OnDevice dx(rig, x), dw(rig, w), dbias(rig, bias), dnorm(rig, norm), s(rig, rows, rank);
+            OnDevice pages(rig, 2 * 80, 2 * d), pages2(rig, 2 * 80, 2 * d), qkv(rig, rows, columns), qkv2(rig, rows, columns),
+                raw(rig, rows, 6 * d), raw2(rig, rows, 6 * d);
+            const auto rope_to = [&](OnDevice& kv, OnDevice& kept) {
+              std::vector<unsigned char> zeros(static_cast<size_t>(2 * 80 * 2 * d) * size_of(rig.dtype()));
+              rig.device().copy_to_device(kv.view().data, zeros.data(), zeros.size());
+              const KvLayer layer{kv.view().data, kv.view().slice_rows(80, 80).data};
+              const TensorView n = norms ? dnorm.view() : TensorView{};
+              return Rope{shape, table, n, n, 1e-6f, kept, dslots.data(), layer, kv_shape};
+            };
+            rig.ops().linear_lora_rope(dx, dw, dbias, lora.linear, lora.groups, s, qkv, rope_to(pages, raw));
+            rig.ops().linear_lora(dx, dw, dbias, lora.linear, lora.groups, s, qkv2);
+            const Rope r = rope_to(pages2, raw2);
+            rig.ops().rope(qkv2, r.shape, r.cos_sin, r.q_norm, r.k_norm, r.eps, r.raw, r.kv_slots, r.kv, r.kv_shape);
+            expect("linear_lora_rope", qkv.get(), qkv2.get(), rig.bound(1e-6));
+            expect("linear_lora_rope raw", raw.get(), raw2.get(), rig.bound(1e-6));
+            expect("linear_lora_rope pages", pages.get(), pages2.get(), rig.bound(1e-6));
+          }
   });
 }
 
