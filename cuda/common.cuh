@@ -105,6 +105,12 @@ inline bool rows_of_vectors(const TensorView& t) {
 __device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // From here on the next launch may begin, if it was made with `overlap`.
 __device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// Both, so that the next launch may rely on what came before this one. Every thread of every block passes it, also of blocks
+// without work.
+__device__ inline void start_after_previous() {
+  wait_for_previous();
+  let_next_start();
+}
 
 // ---------------------------------------------------------------- elements
 
