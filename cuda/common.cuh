@@ -148,6 +148,14 @@ __device__ inline void store_pack(T* p, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(p) = pack;
 }
 
+// Two elements of 16 bits in one register. As a Pack the compiler may round and store them one by one.
+template <class T>
+__device__ inline uint32_t pack2(float low, float high) {
+  const T a = from_float<T>(low), b = from_float<T>(high);
+  return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&a)) |
+         static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&b)) << 16;
+}
+
 // ---------------------------------------------------------------- reductions, in a fixed order
 
 template <class V>
