@@ -105,6 +105,12 @@ inline bool rows_of_vectors(const TensorView& t) {
 __device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // From here on the next launch may begin, if it was made with `overlap`.
 __device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// Both, so that the next launch may rely on what came before this one. Every thread of every block passes it, also of blocks
+// without work.
+__device__ inline void start_after_previous() {
+  wait_for_previous();
+  let_next_start();
+}
 
 // ---------------------------------------------------------------- elements
 
@@ -145,6 +151,14 @@ __device__ inline Pack<T, N> load_pack(const T* p) {
 template <class T, int N>
 __device__ inline void store_pack(T* p, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
+
+// Two elements of 16 bits in one register. As a Pack the compiler may round and store them one by one.
+template <class T>
+__device__ inline uint32_t pack2(float low, float high) {
+  const T a = from_float<T>(low), b = from_float<T>(high);
+  return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&a)) |
+         static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&b)) << 16;
 }
 
 // ---------------------------------------------------------------- reductions, in a fixed order

@@ -133,12 +133,6 @@ __device__ inline uint4 load8(const void* p, int64_t i, int64_t n) {
 }
 
 template <class T>
-__device__ inline uint32_t pack2(float low, float high) {
-  const T a = from_float<T>(low), b = from_float<T>(high);
-  return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&a)) |
-         static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&b)) << 16;
-}
-template <class T>
 __device__ inline float low_float(uint32_t x) {
   const uint16_t bits = static_cast<uint16_t>(x);
   return to_float(*reinterpret_cast<const T*>(&bits));

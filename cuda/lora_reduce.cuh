@@ -129,13 +129,6 @@ __host__ __device__ constexpr int steps_ahead() {
   return MT <= 3 && !kDropout ? 2 : 1;
 }
 
-// Waits for the launch in front, and only then lets the next one begin. Every thread of every block passes it, also of blocks
-// without a tile.
-__device__ inline void start_after_previous() {
-  wait_for_previous();
-  let_next_start();
-}
-
 // Sums the product over the cluster's share of k. Afterwards `shared` holds, in the first MT * NT * 128 floats of every block of
 // the cluster, that block's partial sums: element ((m * NT + n) * 4 + i) * 32 + lane of fragment c[i]. The caller synchronises the
 // cluster before reading.

@@ -24,13 +24,6 @@ struct SpreadArgs {
   int64_t ld_y;
 };
 
-// Waits for the launch in front, and only then lets the next one begin. Every thread of every block passes it, also of blocks
-// without work.
-__device__ inline void start_after_previous() {
-  wait_for_previous();
-  let_next_start();
-}
-
 template <class T, class Y, int NT, Product kProduct, bool kFast>
 __global__ void __launch_bounds__(kLoraThreads) spread_kernel(SpreadArgs a) {
   const Tile tile = find_tile(a.call, NT * 8, static_cast<int>(blockIdx.x));

@@ -20,12 +20,6 @@ constexpr int kRows = 128;   // of a block
 constexpr int kPiece = 128;  // of k: two panels, 256 bytes of a row
 constexpr int kWideBytes = kRows * kPiece * 2;
 
-// Waits for the launch in front, and only then lets the next one begin, which may rely on what came before this one.
-__device__ inline void start_after_previous() {
-  wait_for_previous();
-  let_next_start();
-}
-
 struct TallArgs {
   LoraCall call;
   const void* p;  // [T, wide] x or dy

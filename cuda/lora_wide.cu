@@ -53,12 +53,6 @@ struct WideArgs {
   int range = 0;             // rows
 };
 
-// Waits for the launch in front, and only then lets the next one begin, which may rely on what came before this one.
-__device__ inline void start_after_previous() {
-  wait_for_previous();
-  let_next_start();
-}
-
 template <int NR, bool kSum>
 struct Shape {
   static constexpr int kBlocks = kSum ? (NR <= 32 ? 2 : 1) : (NR <= 64 ? 2 : 1);  // of a processor

@@ -1,5 +1,5 @@
 // Sampling: a cluster has a row, each of its blocks one slice of the logits. Logits that are read more than twice are held in
-// shared memory; those of greedy rows are not, so that 64 rows run at the same time (64 x 128,256: 19 us, held 26). The kept set of
+// shared memory; those of greedy rows are not, so that 64 rows run at the same time (64 x 128,256: 13 us). The kept set of
 // min-p, top-k and top-p is always "every token above a threshold, and of those that equal it the ones with the lowest ids", so it
 // is found by narrowing the threshold, three bits a pass, with counts and probability masses in integers (fixed point): no sort, no
 // atomics whose order matters, the same result whoever is in the batch.
@@ -22,7 +22,6 @@ namespace loquetier::cuda {
 namespace {
 
 constexpr int kThreads = kSliceThreads;        // of a block
-constexpr int64_t kMostHeld = 50 * 1024;       // logits of a slice in shared memory; more of them stay where they are
 constexpr double kMassUnit = 1099511627776.0;  // 2^40: 2^17 tokens of mass 1 still fit 64 bits
 
 // Order-preserving: larger float, larger key. NaN counts as the smallest.
@@ -69,13 +68,14 @@ class Meeting {
     sum(one);
     return one[0];
   }
-  // In the order of log_sum_exp().
-  __device__ double sum(double x) {
-    const uint64_t own[1] = {static_cast<uint64_t>(__double_as_longlong(warp_sum(x)))};
+  // The row's sum in the order of log_sum_exp(), and the maximum of `best`.
+  __device__ RowSum sum(const WarpSum& part, uint64_t& best) {
+    const uint64_t own[3] = {static_cast<uint64_t>(__double_as_longlong(part.sum)), __float_as_uint(part.top), warp_max(best)};
     const auto* all = exchange(own);
-    double total = 0;
-    for (const uint64_t word : all[0]) total += __longlong_as_double(static_cast<int64_t>(word));
-    return total;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    best = warp_max(all[2][lane]);
+    return row_sum(
+        {__longlong_as_double(static_cast<int64_t>(all[0][lane])), __uint_as_float(static_cast<uint32_t>(all[1][lane]))});
   }
 
  private:
@@ -129,35 +129,35 @@ struct Slice {
   __device__ void each(F&& f) const {
     for (int t = begin + static_cast<int>(threadIdx.x); t < begin + count; t += kThreads) f(t);
   }
-  // f(four logits) for this thread's, in the order of log_sum_exp(); they may come from memory.
+  // This warp's range: [first, end) of the slice.
+  __device__ int first() const { return static_cast<int>(threadIdx.x) / kWarp * static_cast<int>(range_columns(cols)); }
+  __device__ int end() const { return min(count, first() + static_cast<int>(range_columns(cols))); }
+  // f(group, its first column) for this lane's.
   template <class F>
-  __device__ void each_four(F&& f) const {
-    const int thread = static_cast<int>(threadIdx.x);
-    if (!vectors) return for_each_four(logits, 0, count, thread, false, f);
-    constexpr int kStep = 4 * kThreads, kAtOnce = 8;
-#pragma unroll 1
-    for (int c = 4 * thread; c < count; c += kAtOnce * kStep) {
-      Pack<float, 4> x[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-        if (c + i * kStep < count) x[i] = load_pack<float, 4>(logits + c + i * kStep);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-        if (c + i * kStep < count) f(x[i]);
-    }
+  __device__ void each_group(F&& f) const {
+    for_each_group(logits, first(), end(), vectors, f);
   }
-  // The row's largest logit that is a number.
-  __device__ uint64_t best(Meeting& meeting) const {
-    float most = -INFINITY;
-    int first = static_cast<int>(threadIdx.x) * 4, place = first;
-    each_four([&](const Pack<float, 4>& x) {
-      for (int i = 0; i < 4; ++i) {
-        if (x.v[i] > most) most = x.v[i], place = first + i;
-      }
-      first += 4 * kThreads;
-    });
-    return meeting.max(place < count ? ranked(most, begin + place) : 0);
+};
+
+// The largest logit that is a number, along a lane's columns.
+class Best {
+ public:
+  __device__ explicit Best(const Slice& slice) : place_(slice.first() + static_cast<int>(threadIdx.x) % kWarp * 4) {
+    there_ = place_ < slice.end();
   }
+  __device__ void add(const Group& x, int64_t column) {
+#pragma unroll
+    for (int i = 0; i < kGroupVectors; ++i)
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (x[i].v[k] > most_) most_ = x[i].v[k], place_ = static_cast<int>(column) + i * kVectorStep + k;
+  }
+  __device__ uint64_t rank(const Slice& slice) const { return there_ ? ranked(most_, slice.begin + place_) : 0; }
+
+ private:
+  float most_ = -INFINITY;
+  int place_;
+  bool there_;
 };
 
 // Narrows `kept` to its smallest set of highest keys whose weight reaches `target`. weight(z) is 1 (top-k) or a mass (top-p); equal
@@ -341,13 +341,14 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {
   Slice slice = load_slice(a, index, reinterpret_cast<float*>(shared + seen.words), arrival);
   cluster.sync();  // every block of it is there and may be written to
 
-  uint64_t best = slice.best(meeting);
-  const float top = value_of(best);
-  float part = 0;  // in the order of log_sum_exp()
-  slice.each_four([&](const Pack<float, 4>& x) {
-    for (int i = 0; i < 4; ++i) part += expf(x.v[i] - top);
+  LaneSum part;
+  Best largest(slice);
+  slice.each_group([&](const Group& x, int64_t column) {
+    part.add(x);
+    largest.add(x, column);
   });
-  const RowSum sum = {top, log(meeting.sum(static_cast<double>(part)))};
+  uint64_t best = largest.rank(slice);
+  const RowSum sum = meeting.sum(part.of_warp(), best);
 
   uint64_t limit = UINT64_MAX;
   for (int n = 0; n < row.top_logprobs && a.top_ids != nullptr; ++n) {
@@ -369,7 +370,9 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {
   if (changes.count() > 0) {
     apply_changes(a, row, changes, slice, aside, seen);
     __syncthreads();
-    best = slice.best(meeting);
+    Best changed(slice);
+    slice.each_group([&](const Group& x, int64_t column) { changed.add(x, column); });
+    best = meeting.max(changed.rank(slice));
   }
   if (row.temperature > 0) {
     slice.inverse_temperature = 1.0f / row.temperature;
@@ -444,7 +447,7 @@ void CudaOps::sample(TensorView logits, const SampleBatch& batch, int32_t* ids, 
   }
   device_.use();
   const int64_t columns = slice_columns(logits.cols);
-  const bool held = often && columns <= kMostHeld;
+  const bool held = often && columns <= kMostSliceColumns;
   const size_t shared = static_cast<size_t>(seen_words(static_cast<int>(logits.cols)) + (held ? columns : 0)) * 4;
   float* aside = static_cast<float*>(sample_scratch_.get(static_cast<size_t>(entries * batch.count + 1) * sizeof(float)));
   const SampleArgs args = {static_cast<float*>(logits.data),

@@ -100,6 +100,33 @@ TEST(token_loss_of_a_bad_row_is_not_finite_and_poisons_its_gradient) {
   });
 }
 
+TEST(token_loss_beside_logits_of_minus_infinity) {
+  for_each_rig([](Rig& rig) {
+    for (const int64_t vocabulary : {40, 33000, 33001}) {
+      Host logits = rig.random(3, vocabulary, 4.0);
+      for (int64_t j = 0; j < vocabulary; ++j) {
+        if (j % (vocabulary / 2) > 10) logits(1, j) = -std::numeric_limits<double>::infinity();
+        if (j != vocabulary / 3) logits(2, j) = -std::numeric_limits<double>::infinity();
+      }
+      std::vector<LossRow> table(3);
+      table[1].target = 7, table[2].target = static_cast<int32_t>(vocabulary / 3);
+      OnDevice dlogits(rig, logits, DType::f32), gradient(rig, 3, vocabulary);
+      ArrayOnDevice<LossRow> rows(rig, table);
+      ArrayOnDevice<float> p(rig, std::vector<float>(3)), loss(rig, std::vector<float>(3));
+      rig.ops().token_loss(dlogits, rows.data(), {}, p.data(), loss.data());
+      const auto p_alone = download_floats(rig, p, 3);
+      dlogits.upload();
+      rig.ops().token_loss(dlogits, rows.data(), gradient, p.data(), loss.data());
+      CHECK(download_floats(rig, p, 3) == p_alone);
+      Host want(1, 3);
+      for (int64_t i = 0; i < 3; ++i)
+        want(0, i) = reference::log_softmax(logits, i)[static_cast<size_t>(table[static_cast<size_t>(i)].target)];
+      expect("token_loss logprob, minus infinity", as_host(p_alone), want, 3e-7);
+      expect("token_loss gradient, minus infinity", gradient.get(), reference::token_loss_gradient(logits, table), rig.bound(3e-6));
+    }
+  });
+}
+
 TEST(sample_against_the_reference) {
   for_each_rig([](Rig& rig) {
     for (const int32_t vocabulary : {1, 33, 300, 3000, 20011}) {
@@ -210,6 +237,7 @@ TEST(sampled_logprob_equals_trained_logprob) {
   for_each_rig([](Rig& rig) {
     for (const int64_t vocabulary : {777, 40, 5000, 33000, 128256, 420004}) {
       Host logits = rig.random(20, vocabulary, 3.0);
+      for (int64_t j = 0; j < vocabulary / 2; ++j) logits(3, j) = -std::numeric_limits<double>::infinity();
       OnDevice a(rig, logits, DType::f32), b(rig, logits, DType::f32);
       std::vector<SampleRow> rows(20);
       for (size_t i = 0; i < rows.size(); ++i) rows[i].temperature = 0.8f, rows[i].seed = i;
