@@ -192,9 +192,9 @@ std::vector<double> product_times(int index, int64_t rows, int repeats, int time
   const auto each = [&](const std::function<void(TensorView)>& f) {
     return b.capture([&] { std::for_each(w.begin(), w.end(), f); });
   };
-  std::vector<double> t = b.time({each([&](TensorView m) { ops.linear_by_blas(x, m, {}, y, false); }),
+  std::vector<double> t = b.time({each([&](TensorView m) { ops.linear(x, m, {}, y); }),
                                   each([&](TensorView m) { must(ops.linear_lora_fused(x, m, {}, linear, {}, {}, y)); }),
-                                  each([&](TensorView m) { ops.linear_backward_by_blas(y, m, x, false); }),
+                                  each([&](TensorView m) { ops.linear_backward(y, m, x, false); }),
                                   each([&](TensorView m) { must(ops.linear_lora_backward_fused(y, m, linear, {}, {}, x)); })},
                                  times);
   for (double& us : t) us /= repeats;

@@ -141,9 +141,6 @@ class CudaOps final : public Ops {
   void linear_lora_swiglu_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
                                    TensorView gate_up, TensorView h) override;
   // The ways of linear_lora and linear_lora_backward with many rows, s and ds being there already; the benchmark compares them.
-  // linear and linear_backward by cuBLASLt alone, for shapes that those have checked.
-  void linear_by_blas(TensorView x, TensorView w, TensorView bias, TensorView y, bool accumulate);
-  void linear_backward_by_blas(TensorView dy, TensorView w, TensorView dx, bool accumulate);
   // Base and LoRA as one product. False: does not fit, nothing was done.
   bool linear_lora_fused(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
                          TensorView s, TensorView y);

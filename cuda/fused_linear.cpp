@@ -128,8 +128,8 @@ int32_t FusedLinear::forward(const LoraLinear& linear, const LoraGroups& groups,
 }
 
 int32_t FusedLinear::swiglu(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView s,
-                            TensorView gate_up, TensorView h, bool keep) {
-  return run(FusedKind::swiglu, linear, groups, x, w, nullptr, s, h, gate_up, keep);
+                            TensorView gate_up, TensorView h) {
+  return run(FusedKind::swiglu, linear, groups, x, w, nullptr, s, h, gate_up);
 }
 
 int32_t FusedLinear::backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds,
@@ -143,7 +143,7 @@ bool FusedLinear::swiglu_backward(const LoraLinear& linear, const LoraGroups& gr
 }
 
 int32_t FusedLinear::run(FusedKind kind, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,
-                         TensorView s, TensorView y, TensorView gate_up, bool keep_gate_up) {
+                         TensorView s, TensorView y, TensorView gate_up) {
   const bool backward = is_backward(kind);
   const int most = clusters_[static_cast<int>(kind)];
   int32_t taken = groups.count;
@@ -151,9 +151,8 @@ int32_t FusedLinear::run(FusedKind kind, const LoraLinear& linear, LoraGroups gr
          (site_of(groups.host_groups[taken - 1], linear) == nullptr || groups.host_groups[taken - 1].rows < kLargeGroup))
     --taken;
   if (kind == FusedKind::swiglu_backward && taken < groups.count) return -1;
-  FusedArgs args = {};
-  if (!keep_gate_up) args.gate_from = taken < groups.count ? groups.host_groups[taken].row_begin : INT32_MAX;
   groups.count = taken;
+  FusedArgs args = {};
   FusedPackArgs pack = {};
   if (most == 0 || reinterpret_cast<uintptr_t>(bias) % 4 != 0 || !fast_layout(linear, groups, {x, w, y, gate_up}) ||
       ceil_of(x.cols, kFusedDepth) > UINT16_MAX || !lay_out(kind, linear, groups, x.rows, args, pack))

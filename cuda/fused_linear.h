@@ -17,10 +17,10 @@ class FusedLinear {
   // x [T, in]; w [sum out, in]; bias [sum out] or empty; s [T, sum R]; y [T, sum out]
   int32_t forward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView bias, TensorView s,
                   TensorView y);
-  // The same of gate and up without a bias, and h = swiglu(gate_up); of groups that are not in it both are the base's. Unless
-  // `keep`, the rows in front of those groups have h alone.                                       gate_up [T, 2 F]; h [T, F]
+  // The same of gate and up without a bias, and h = swiglu(gate_up); of groups that are not in it both are the base's.
+  // gate_up [T, 2 F]; h [T, F]
   int32_t swiglu(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView s, TensorView gate_up,
-                 TensorView h, bool keep);
+                 TensorView h);
   int32_t backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds, TensorView dx);
   // The same, then with dh = dx: gate_up becomes its gradient, h the output of swiglu. All groups or, returning false, nothing.
   // gate_up [T, 2 in]; h [T, in]
@@ -31,7 +31,7 @@ class FusedLinear {
 
  private:
   int32_t run(FusedKind kind, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,
-              TensorView s, TensorView y, TensorView gate_up = {}, bool keep_gate_up = true);
+              TensorView s, TensorView y, TensorView gate_up = {});
   void encode_maps(FusedKind kind, const LoraLinear& linear, const LoraGroups& groups, const FusedPackArgs& pack, FusedArgs& args);
 
   CudaDevice& device_;

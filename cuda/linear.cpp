@@ -23,7 +23,7 @@ namespace {
 
 constexpr int64_t kDeterministicRows = 2048;
 constexpr int64_t kManyRows = 512;       // with an adapter: base and LoRA as one product, or the expand before the base product
-constexpr int64_t kManyBaseRows = 2048;  // without an adapter: from here on the fused product is faster than cuBLASLt
+constexpr int64_t kManyBaseRows = 2048;  // without an adapter: from here on the fused product is as fast as cuBLASLt
 constexpr int64_t kBranchTiles = 8;      // tiles of 16 rows up to which the shrink goes beside it
 
 cudaDataType_t cuda_type(DType dtype) {
@@ -220,16 +220,6 @@ void CudaOps::linear_onto(TensorView x, TensorView w, TensorView bias, TensorVie
       decode_linear(tensor_maps_, decode_workspace_.data(), x, w, bias.data, y, {}, device_.processors(), stream(), shares)) {
     return;
   }
-  const LoraLinear plain = {0, 1, x.cols, {w.rows}};
-  if (!deterministic_ && !accumulate && y.dtype == dtype_ && x.rows >= kManyBaseRows &&
-      linear_lora_fused(x, w, bias, plain, {}, {}, y)) {
-    return;
-  }
-  linear_by_blas(x, w, bias, y, accumulate);
-}
-
-void CudaOps::linear_by_blas(TensorView x, TensorView w, TensorView bias, TensorView y, bool accumulate) {
-  device_.use();
   const int32_t alignment =
       std::min({alignment_of(x.data, x.ld, dtype_), alignment_of(w.data, w.ld, dtype_), alignment_of(y.data, y.ld, y.dtype)});
   const LinearKey key = {deterministic_ ? kDeterministicRows : bucket_of(x.rows),
@@ -342,7 +332,7 @@ void CudaOps::linear_lora_swiglu(TensorView x, TensorView w, const LoraLinear& l
   if (deterministic_ || (lora ? !many_rows(groups, x.rows) : x.rows < kManyBaseRows))
     return Ops::linear_lora_swiglu(x, w, linear, groups, s, gate_up, h, keep);
   if (lora) lora_shrink(linear, groups, x, s);
-  const int32_t taken = fused_linear_->swiglu(linear, groups, x, w, s, gate_up, h, keep);
+  const int32_t taken = fused_linear_->swiglu(linear, groups, x, w, s, gate_up, h);
   if (taken < 0) {
     if (!linear_lora_fused(x, w, {}, linear, groups, s, gate_up)) linear_lora_filled(x, w, {}, linear, groups, s, gate_up);
     swiglu(gate_up, h);
@@ -397,13 +387,6 @@ void CudaOps::linear_backward(TensorView dy, TensorView w, TensorView dx, bool a
   expect("linear_backward", "w", w, dtype_, dy.cols, -1);
   expect("linear_backward", "dx", dx, dtype_, dy.rows, w.cols);
   if (dy.rows == 0 || w.cols == 0) return;
-  device_.use();
-  const LoraLinear plain = {0, 1, w.cols, {w.rows}};
-  if (!deterministic_ && !accumulate && dy.rows >= kManyBaseRows && linear_lora_backward_fused(dy, w, plain, {}, {}, dx)) return;
-  linear_backward_by_blas(dy, w, dx, accumulate);
-}
-
-void CudaOps::linear_backward_by_blas(TensorView dy, TensorView w, TensorView dx, bool accumulate) {
   device_.use();
   const int32_t alignment =
       std::min({alignment_of(dy.data, dy.ld, dtype_), alignment_of(w.data, w.ld, dtype_), alignment_of(dx.data, dx.ld, dtype_)});

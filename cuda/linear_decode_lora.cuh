@@ -431,57 +431,34 @@ struct Expand {
   __device__ void add(const ExpandStage<kPair>& of, uint32_t stage, const int (&w_row)[kM], uint32_t s, int s_stride,
                       float (&sum)[kM][kRows / 2]) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4, count = of.count;
+    if (count == 0) return;
     const uint32_t s_lane = s + static_cast<uint32_t>(g * s_stride);
-    auto next = of.items[0];
+    // An item's fragments are asked for while the one before is multiplied.
+    Item item = place(of, 0, stage, w_row, s_lane, s_stride, g, q);
+    Fragments first = load(item, 4 * q);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      const auto item = next;
-      next = of.items[min(i + 1, kMostItems - 1)];
-      const uint32_t s_row = s_lane + item.block * static_cast<uint32_t>(8 * s_stride);
-      Factor factor[kM];
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        if constexpr (kPair) {
-          factor[m] = m == 0 ? Factor{item.rank, item.scale, stage + item.place, s_row, item.mask}
-                             : Factor{item.up_rank, item.up_scale, stage + item.up_place, s_row + item.rank * 2u, item.mask};
-          factor[m].b += static_cast<uint32_t>(w_row[m] + g) * factor[m].row_bytes();
-          if (factor[m].rank == 0) factor[m].mask = 0;
-        } else {
-          const int row = w_row[m] - item.w_row;
-          const bool real = static_cast<unsigned>(row) < static_cast<unsigned>(item.w_rows);
-          factor[m] = {item.rank, item.scale, stage + item.place, s_row, real ? item.mask : 0u};
-          factor[m].b += static_cast<uint32_t>((real ? row : 0) + g) * factor[m].row_bytes();  // not real: anything of the stage
-        }
-        factor[m].mask >>= 2 * q;
-      }
-      const int most = kPair ? max(factor[0].rank, factor[kM - 1].rank) : factor[0].rank;
+      const Item next = place(of, min(i + 1, count - 1), stage, w_row, s_lane, s_stride, g, q);
+      const Fragments next_first = load(next, 4 * q);
+      const int most = kPair ? max(item.factor[0].rank, item.factor[kM - 1].rank) : item.factor[0].rank;
       float c[kM][4] = {};
+      add_product(first, c);
 #pragma unroll 1
-      for (int r = 4 * q; r - 4 * q < most; r += 16) {
-        uint2 n[kM], low[kM], high[kM];
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          const Factor& f = factor[m];
-          const uint32_t k = static_cast<uint32_t>(max(min(r, f.rank - 4), 0)) * 2;
-          n[m] = kPair || m == 0 ? load_shared8(f.s + k) : n[0];
-          low[m] = load_shared8(f.b + k);
-          high[m] = load_shared8(f.b + k + 8 * f.row_bytes());
-          if (r >= f.rank) n[m] = {0, 0};
-        }
-#pragma unroll
-        for (int m = 0; m < kM; ++m) multiply<T>(c[m], low[m].x, high[m].x, low[m].y, high[m].y, n[m].x, n[m].y);
-      }
+      for (int r = 4 * q + 16; r - 4 * q < most; r += 16) add_product(load(item, r), c);
       if (item.block != block) flush(sum);
       block = item.block;
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
+        const Factor& f = item.factor[m];
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
-          if ((factor[m].mask >> odd & 1) == 0) continue;
-          more[m][odd] += factor[m].scale * c[m][odd];
-          more[m][2 + odd] += factor[m].scale * c[m][2 + odd];
+          if ((f.mask >> odd & 1) == 0) continue;
+          more[m][odd] += f.scale * c[m][odd];
+          more[m][2 + odd] += f.scale * c[m][2 + odd];
         }
       }
+      item = next;
+      first = next_first;
     }
   }
 
@@ -513,6 +490,56 @@ struct Expand {
     uint32_t b, s, mask;
     __device__ uint32_t row_bytes() const { return static_cast<uint32_t>(rank) * 2; }
   };
+  struct Item {
+    Factor factor[kM];
+    int block;
+  };
+  struct Fragments {
+    uint2 n[kM], low[kM], high[kM];
+  };
+
+  __device__ static Item place(const ExpandStage<kPair>& of, int i, uint32_t stage, const int (&w_row)[kM], uint32_t s_lane,
+                               int s_stride, int g, int q) {
+    const auto item = of.items[i];
+    const uint32_t s_row = s_lane + item.block * static_cast<uint32_t>(8 * s_stride);
+    Item to;
+    to.block = item.block;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      Factor& f = to.factor[m];
+      if constexpr (kPair) {
+        f = m == 0 ? Factor{item.rank, item.scale, stage + item.place, s_row, item.mask}
+                   : Factor{item.up_rank, item.up_scale, stage + item.up_place, s_row + item.rank * 2u, item.mask};
+        f.b += static_cast<uint32_t>(w_row[m] + g) * f.row_bytes();
+        if (f.rank == 0) f.mask = 0;
+      } else {
+        const int row = w_row[m] - item.w_row;
+        const bool real = static_cast<unsigned>(row) < static_cast<unsigned>(item.w_rows);
+        f = {item.rank, item.scale, stage + item.place, s_row, real ? item.mask : 0u};
+        f.b += static_cast<uint32_t>((real ? row : 0) + g) * f.row_bytes();  // not real: anything of the stage
+      }
+      f.mask >>= 2 * q;
+    }
+    return to;
+  }
+  // Columns [r, r + 4) of the rank, zeros behind it.
+  __device__ static Fragments load(const Item& item, int r) {
+    Fragments to;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      const Factor& f = item.factor[m];
+      const uint32_t k = static_cast<uint32_t>(max(min(r, f.rank - 4), 0)) * 2;
+      to.n[m] = kPair || m == 0 ? load_shared8(f.s + k) : to.n[0];
+      to.low[m] = load_shared8(f.b + k);
+      to.high[m] = load_shared8(f.b + k + 8 * f.row_bytes());
+      if (r >= f.rank) to.n[m] = {0, 0};
+    }
+    return to;
+  }
+  __device__ static void add_product(const Fragments& of, float (&c)[kM][4]) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) multiply<T>(c[m], of.low[m].x, of.high[m].x, of.low[m].y, of.high[m].y, of.n[m].x, of.n[m].y);
+  }
 };
 
 }  // namespace loquetier::cuda

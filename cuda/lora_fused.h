@@ -108,7 +108,6 @@ struct FusedArgs {
   uint32_t* ready = nullptr;   // [places, 2, 2]: 1 when the sums are there; 0 before and after the launch
   const void* bias = nullptr;  // [N] or null
   int32_t columns = 0;         // N: of y, dx or h
-  int32_t gate_from = 0;       // swiglu: the first row whose gate and up are wanted too
   int32_t maps = 1;            // of a group
   int32_t column_tiles = 0;
   int32_t steps = 0;                      // over w: ceil(K / kFusedDepth)

@@ -2,8 +2,8 @@
 // at a time while the first steps of the next tile run: registers -> swizzled shared memory -> memory by TMA, which leaves out what
 // lies past the edges.
 //   forward, backward   blocks of 64 columns, one a step, in two places by turns
-//   swiglu              a tile is 128 columns of gate and the same of up: blocks of 32 of either (where they are asked for) and of
-//   h swiglu_backward     the tile is dh: gate and up of 32 columns come a few steps ahead; their gradients and h take their places
+//   swiglu              a tile is 128 columns of gate and the same of up: blocks of 32 of either, and of h
+//   swiglu_backward     the tile is dh: gate and up of 32 columns come a few steps ahead; their gradients and h take their places
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -145,16 +145,12 @@ class Leaving {
         h[i] = pack2<T>(swiglu(low_float<T>(gate[i]), low_float<T>(up[i])), swiglu(high_float<T>(gate[i]), high_float<T>(up[i])));
       }
       const uint32_t at = offset(pair);
-      if (with_gate_and_up()) {
-        store_matrices(place(0) + at, gate);
-        store_matrices(place(1) + at, up);
-      }
+      store_matrices(place(0) + at, gate);
+      store_matrices(place(1) + at, up);
       store_matrices(place(2) + at, h);
     }
     send_three();
   }
-
-  __device__ bool with_gate_and_up() const { return row_ + kFusedBox > args_.gate_from; }
 
   __device__ void ask_for_gate_and_up() {
     if (!leads()) return;
@@ -199,10 +195,8 @@ class Leaving {
     cute::tma_store_fence();  // TMA, another proxy, reads what these threads wrote
     barrier();
     if (leads()) {
-      if (with_gate_and_up()) {
-        store(args_.gate, 0);
-        store(args_.up, 1);
-      }
+      store(args_.gate, 0);
+      store(args_.up, 1);
       store(args_.y, 2);
       cute::tma_store_arrive();
     }

@@ -198,10 +198,11 @@ void check_swiglu(Rig& rig, const LoraShape& shape, bool parts) {
   }
   expect("linear_lora_swiglu gate_up" + label, gate_up.get(), want, rig.bound(6e-6));
   expect("linear_lora_swiglu h" + label, h.get(), reference::swiglu(gate_up.get()), rig.bound(5e-7));
-  // Where only h is wanted gate_up may never be written; of few rows the sums then have another order.
+  // Where h alone is wanted gate_up may never be written; of few rows the sums then have another order.
   OnDevice alone(rig, shape.rows, columns), s3(rig, shape.rows, rank), unused(rig, shape.rows, lora.columns);
   run_twice({&s3, &alone}, [&] { rig.ops().linear_lora_swiglu(dx, dw, lora.linear, lora.groups, s3, unused, alone, false); });
-  expect("linear_lora_swiglu h alone" + label, alone.get(), reference::swiglu(gate_up.get()), rig.bound(6e-6));
+  // (gate and up may then each round to their neighbour, an ulp: up to 2^-7 in bf16; h itself by half of one)
+  expect("linear_lora_swiglu h alone" + label, alone.get(), reference::swiglu(gate_up.get()), rig.bound(6e-6, 2.5 / 128));
   if (lora.max_rank > 0) expect("linear_lora_swiglu s" + label, s3.get(), s.get(), rig.bound(1e-6));
   if (shape.rows > 64) CHECK(alone.download() == h.download());
 }
