@@ -201,12 +201,19 @@ class CudaOps final : public Ops {
                  const AttentionShape& shape, TensorView out, TensorView lse);
   void check_paged(TensorView q, const KvShape& kv_shape, const PagedBatch& batch, const AttentionShape& shape,
                    TensorView out) const;
-  void shrink_on(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s);
+  // e [T, sum R] or empty: scale * s of each part too. True: it was written, by the last launch.
+  bool shrink_on(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s,
+                 TensorView e = {});
+  // For the fused product behind it. Returns e, empty where there is none.
+  TensorView shrink_for_product(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s);
+  // linear_lora_fused with e, or without.
+  bool fused_onto(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
+                  TensorView e, TensorView y);
   // Shrink and expand in one launch when every group is small (lora_decode.cu); false: not such a batch, nothing was done.
   bool lora_small(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s, TensorView y);
   // The products into rank columns over many rows of a fast layout (lora_tall.cu); shrink: the groups without dropout.
   void tall_shrink(cudaStream_t stream, const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, int stacked,
-                   TensorView x, TensorView s);
+                   TensorView x, TensorView s, TensorView e);
   void tall_backward_s(const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, int single, TensorView dy,
                        TensorView ds);
   // dB, dA of the groups without dropout, dA of those with it: by the kernels for any rows and layout (lora_grad.cu), or by the

@@ -30,6 +30,32 @@ int32_t rank_of(const LoraSite& site, const LoraLinear& linear) {
   return rank;
 }
 
+// Without the small groups at the end, which cost less apart.
+LoraGroups large_groups(const LoraLinear& linear, LoraGroups groups) {
+  const auto small = [&](const LoraGroup& group) { return site_of(group, linear) == nullptr || group.rows < kLargeGroup; };
+  while (groups.count > 0 && small(groups.host_groups[groups.count - 1])) --groups.count;
+  return groups;
+}
+
+// Columns of s or ds where they can be E as they are: in every tile rows of one group or none, the same ranks for all, in whole
+// quarters. 0: they cannot.
+int32_t columns_of_e(const LoraLinear& linear, const LoraGroups& groups, int64_t rows) {
+  const LoraSite* first = nullptr;
+  for (int32_t g = 0; g < groups.count; ++g) {
+    const LoraGroup& group = groups.host_groups[g];
+    const LoraSite* site = site_of(group, linear);
+    if (site == nullptr || rank_of(*site, linear) == 0) continue;
+    if (first == nullptr) first = site;
+    const int64_t end = int64_t{group.row_begin} + group.rows;
+    if (group.row_begin % kFusedRows != 0 || (end % kFusedRows != 0 && end != rows)) return 0;
+    for (int p = 0; p < linear.parts; ++p) {
+      const int32_t rank = site->part[p].rank;
+      if (rank != first->part[p].rank || rank % kFusedQuarter != 0) return 0;
+    }
+  }
+  return first == nullptr ? 0 : rank_of(*first, linear);
+}
+
 // Groups and tiles of a launch, into args.table, args.part_tile and pack. False: more than a launch can describe, or not worth it.
 bool lay_out(FusedKind kind, const LoraLinear& linear, const LoraGroups& groups, int64_t rows, FusedArgs& args,
              FusedPackArgs& pack) {
@@ -72,8 +98,10 @@ bool lay_out(FusedKind kind, const LoraLinear& linear, const LoraGroups& groups,
     }
   }
   table.width = most * kFusedDepth;
-  for (int p = 1; p < table.parts; ++p)
-    for (int32_t n = 0; n < table.groups; ++n) pack.column[n][p] = p * table.width;
+  for (int p = 1; p < table.parts; ++p) {
+    table.column[p] = table.by_rows ? table.column[p - 1] + pack.rank[0][p - 1] : p * table.width;
+    for (int32_t n = 0; n < table.groups; ++n) pack.column[n][p] = table.column[p];
+  }
 
   if (!fused_strips(rows, args)) return false;
   int64_t extra = 0;  // steps of all tiles
@@ -123,37 +151,42 @@ FusedLinear::FusedLinear(CudaDevice& device, DType dtype, TensorMaps& maps, bool
 }
 
 int32_t FusedLinear::forward(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView bias,
-                             TensorView s, TensorView y) {
-  return run(FusedKind::forward, linear, groups, x, w, bias.data, s, y);
+                             TensorView s, TensorView e, TensorView y) {
+  return run(FusedKind::forward, linear, groups, x, w, bias.data, s, e, y);
 }
 
 int32_t FusedLinear::swiglu(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView w, TensorView s,
-                            TensorView gate_up, TensorView h) {
-  return run(FusedKind::swiglu, linear, groups, x, w, nullptr, s, h, gate_up);
+                            TensorView e, TensorView gate_up, TensorView h) {
+  return run(FusedKind::swiglu, linear, groups, x, w, nullptr, s, e, h, gate_up);
 }
 
 int32_t FusedLinear::backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds,
                               TensorView dx) {
-  return run(FusedKind::backward, linear, groups, dy, w, nullptr, ds, dx);
+  return run(FusedKind::backward, linear, groups, dy, w, nullptr, ds, {}, dx);
 }
 
 bool FusedLinear::swiglu_backward(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView w, TensorView ds,
                                   TensorView gate_up, TensorView h) {
-  return run(FusedKind::swiglu_backward, linear, groups, dy, w, nullptr, ds, h, gate_up) >= 0;
+  return run(FusedKind::swiglu_backward, linear, groups, dy, w, nullptr, ds, {}, h, gate_up) >= 0;
+}
+
+TensorView FusedLinear::place_of_e(const LoraLinear& linear, LoraGroups groups, int64_t rows) {
+  const int32_t columns = columns_of_e(linear, large_groups(linear, groups), rows);
+  if (columns == 0) return {};
+  return matrix(e_.get(static_cast<size_t>(rows * columns) * size_of(dtype_)), dtype_, rows, columns);
 }
 
 int32_t FusedLinear::run(FusedKind kind, const LoraLinear& linear, LoraGroups groups, TensorView x, TensorView w, const void* bias,
-                         TensorView s, TensorView y, TensorView gate_up) {
+                         TensorView s, TensorView e, TensorView y, TensorView gate_up) {
   const bool backward = is_backward(kind);
   const int most = clusters_[static_cast<int>(kind)];
-  int32_t taken = groups.count;
-  while (taken > 0 &&
-         (site_of(groups.host_groups[taken - 1], linear) == nullptr || groups.host_groups[taken - 1].rows < kLargeGroup))
-    --taken;
-  if (kind == FusedKind::swiglu_backward && taken < groups.count) return -1;
-  groups.count = taken;
+  const int32_t all = groups.count;
+  groups = large_groups(linear, groups);
+  if (kind == FusedKind::swiglu_backward && groups.count < all) return -1;
   FusedArgs args = {};
   FusedPackArgs pack = {};
+  if (const int32_t columns = backward ? columns_of_e(linear, groups, x.rows) : 0; columns > 0) e = s.slice_cols(0, columns);
+  args.table.by_rows = !e.empty();
   if (most == 0 || reinterpret_cast<uintptr_t>(bias) % 4 != 0 || !fast_layout(linear, groups, {x, w, y, gate_up}) ||
       ceil_of(x.cols, kFusedDepth) > UINT16_MAX || !lay_out(kind, linear, groups, x.rows, args, pack))
     return -1;
@@ -174,21 +207,24 @@ int32_t FusedLinear::run(FusedKind kind, const LoraLinear& linear, LoraGroups gr
   args.steps = static_cast<int32_t>(ceil_of(x.cols, kFusedDepth));
   args.e = args.x;  // never read without slots, but fetched ahead
   if (table.slots > 0) {
-    const int64_t e_rows = int64_t{table.slots} * kFusedPair * kFusedRows, e_columns = int64_t{table.parts} * table.width;
-    void* e = e_.get(static_cast<size_t>(e_rows * e_columns) * size_of(dtype_));
-    args.e = maps_.get(matrix(e, dtype_, e_rows, e_columns), kFusedDepth, kFusedBox);
+    if (!table.by_rows) {
+      const int64_t e_rows = int64_t{table.slots} * kFusedPair * kFusedRows, e_columns = int64_t{table.parts} * table.width;
+      e = matrix(e_.get(static_cast<size_t>(e_rows * e_columns) * size_of(dtype_)), dtype_, e_rows, e_columns);
+      pack.table = table;
+      pack.s = s.data;
+      pack.ld_s = s.ld;
+      pack.e = e.data;
+      fused_pack(dtype_, pack, device_.stream());
+    }
+    args.wait_first = table.by_rows && backward;
+    args.e = maps_.get(e, kFusedDepth, kFusedBox);
     encode_maps(kind, linear, groups, pack, args);
-    pack.table = table;
-    pack.s = s.data;
-    pack.ld_s = s.ld;
-    pack.e = e;
-    fused_pack(dtype_, pack, device_.stream());
   }
   const int32_t clusters = fused_schedule(args, most);
   args.sums = static_cast<float*>(sums_.data());
   args.ready = reinterpret_cast<uint32_t*>(args.sums + int64_t{device_.processors()} * 2 * kFusedSums);
   (dtype_ == DType::bf16 ? fused_product_bf16 : fused_product_f16)(args, kind, clusters, table.slots > 0, device_.stream());
-  return taken;
+  return groups.count;
 }
 
 // Maps of every (group, part). The kernel reads the entry of a part that a group leaves alone too, outside of the matrix: it gets

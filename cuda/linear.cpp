@@ -274,8 +274,8 @@ void CudaOps::linear_lora_leaving(TensorView x, TensorView w, TensorView bias, c
     }
   }
   if (!deterministic_ && y.dtype == dtype_ && many_rows(groups, x.rows)) {
-    lora_shrink(linear, groups, x, s);
-    if (linear_lora_fused(x, w, bias, linear, groups, s, y)) return;
+    const TensorView e = shrink_for_product(linear, groups, x, s);
+    if (fused_onto(x, w, bias, linear, groups, s, e, y)) return;
     linear_lora_filled(x, w, bias, linear, groups, s, y);
     return;
   }
@@ -297,7 +297,17 @@ void CudaOps::linear_lora_leaving(TensorView x, TensorView w, TensorView bias, c
 
 bool CudaOps::linear_lora_fused(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
                                 TensorView s, TensorView y) {
-  const int32_t taken = fused_linear_->forward(linear, groups, x, w, bias, s, y);
+  return fused_onto(x, w, bias, linear, groups, s, {}, y);
+}
+
+TensorView CudaOps::shrink_for_product(const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) {
+  const TensorView e = fused_linear_->place_of_e(linear, groups, x.rows);
+  return shrink_on(stream(), linear, groups, x, s, e) ? e : TensorView{};
+}
+
+bool CudaOps::fused_onto(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                         TensorView s, TensorView e, TensorView y) {
+  const int32_t taken = fused_linear_->forward(linear, groups, x, w, bias, s, e, y);
   if (taken < 0) return false;
   if (taken < groups.count) lora_expand(linear, groups_from(groups, taken), s, y);
   return true;
@@ -331,10 +341,10 @@ void CudaOps::linear_lora_swiglu(TensorView x, TensorView w, const LoraLinear& l
   }
   if (deterministic_ || (lora ? !many_rows(groups, x.rows) : x.rows < kManyBaseRows))
     return Ops::linear_lora_swiglu(x, w, linear, groups, s, gate_up, h, keep);
-  if (lora) lora_shrink(linear, groups, x, s);
-  const int32_t taken = fused_linear_->swiglu(linear, groups, x, w, s, gate_up, h);
+  const TensorView e = lora ? shrink_for_product(linear, groups, x, s) : TensorView{};
+  const int32_t taken = fused_linear_->swiglu(linear, groups, x, w, s, e, gate_up, h);
   if (taken < 0) {
-    if (!linear_lora_fused(x, w, {}, linear, groups, s, gate_up)) linear_lora_filled(x, w, {}, linear, groups, s, gate_up);
+    if (!fused_onto(x, w, {}, linear, groups, s, e, gate_up)) linear_lora_filled(x, w, {}, linear, groups, s, gate_up);
     swiglu(gate_up, h);
   } else if (taken < groups.count) {
     lora_expand(linear, groups_from(groups, taken), s, gate_up);

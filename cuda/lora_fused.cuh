@@ -116,6 +116,7 @@ template <class T, FusedKind kKind>
 __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, int cluster, int clusters) {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
   constexpr bool kSwiglu = kKind == FusedKind::swiglu;
+  if (a.wait_first) wait_for_previous();
   Place place;
   int turn = 0;  // the warpgroup that computes the next tile of 64 rows
   for_each_piece(a, rank, cluster, clusters, [&](const FusedPiece& piece, const FusedWork& work) {
@@ -166,13 +167,13 @@ __device__ inline void produce(const FusedArgs& a, Shared<T>& shared, int rank, 
       // Every entry of q is a map; of a part that the group leaves alone, or of no group, it is read where there is nothing.
       const CUtensorMap* q = &a.q[max(group, 0) * a.maps + part];
       const int own = group < 0 ? 0 : a.table.quarters[group][part];
-      const int e_row = (slot * kFusedPair + tile) * kFusedRows;
+      const int e_row = !a.table.by_rows ? (slot * kFusedPair + tile) * kFusedRows : group < 0 ? kOutside : work.row;
 #pragma unroll 1
       for (int step = 0; step * kFusedQuarters < quarters; ++step) {
         acquire();
         uint64_t* full = &shared.full[place.stage];
         T* to = shared.a[place.stage] + a_place;
-        const int e_column = part * a.table.width + step * kFusedDepth;
+        const int e_column = a.table.column[part] + step * kFusedDepth;
         load(a.e, full, to, e_column, e_row);
         if (!work.half) load(a.e, full, to + kBoxSize, e_column, e_row + kFusedBox);
         const int depth = own == 0 ? kOutside : step * kFusedDepth;
@@ -386,9 +387,9 @@ int clusters(FusedKind kind) {
 }
 
 template <class T>
-void product(const FusedArgs& args, FusedKind kind, int clusters, bool packed, cudaStream_t stream) {
+void product(const FusedArgs& args, FusedKind kind, int clusters, bool overlap, cudaStream_t stream) {
   Launch launch{dim3(static_cast<unsigned>(clusters * kFusedPair)), dim3(kThreads), kSharedBytes<T>, stream, kFusedPair};
-  launch.overlap = packed;
+  launch.overlap = overlap;
   dispatch_kind(kind, [&]<FusedKind kKind>() { launch(kernel<T, kKind>, args); });
 }
 

@@ -7,7 +7,8 @@
 //              gradient and h comes out
 // A tile of 128 rows runs its steps over w, then ceil(R / 64) more for every group that stands in it, the last of them only as many
 // quarters as the rank needs. E holds, for every pair of (tile, group), a block of 128 rows: zero in rows of other groups and past
-// the rank, so a tile that straddles groups adds each row's own and nothing else. Rows without an adapter cost no step.
+// the rank, so a tile that straddles groups adds each row's own and nothing else. Rows without an adapter cost no step. Where no
+// tile straddles and all groups have the same ranks, E is ds itself, or scale * s as the shrink wrote it.
 //
 // A cluster of two blocks computes a pair of tiles one below the other and loads w once for both. The rows that are left over
 // behind the last whole pair are one or two strips of their own: of 128 rows, and of at most 64. There both blocks take the same
@@ -65,7 +66,9 @@ struct FusedTable {
   int32_t slots = 0;
   int32_t groups = 0;
   int32_t parts = 1;                                // of the extension: 1 for all but forward
-  int32_t width = 0;                                // columns of E for one part, a multiple of kFusedDepth
+  bool by_rows = false;                             // E is [T, sum R]: a tile has its own rows of it, and no blocks
+  int32_t width = 0;                                // columns of a block of E for one part, a multiple of kFusedDepth
+  int32_t column[kMaxParts] = {};                   // of E, where a part begins
   uint16_t slot_begin[kFusedStrips + 1] = {};       // [strips + 1]
   uint8_t slot_strip[kFusedSlots] = {};             // [slots]
   int8_t slot_group[kFusedSlots][kFusedPair] = {};  // [slots]: of either tile, -1: none; of a left-over strip [0]
@@ -100,7 +103,7 @@ struct FusedArgs {
   CUtensorMap w;              // [sum out, in]
   CUtensorMap y;              // [T, N]: y, dx, or h
   CUtensorMap gate, up;       // [T, N] each: swiglu, swiglu_backward
-  CUtensorMap e;              // [slots * 256, parts * width]
+  CUtensorMap e;              // [slots * 256, parts * width]; by_rows [T, sum R]
   CUtensorMap q[kFusedMaps];  // [groups, maps]: B [out, R] of each part, or A [sum R, in]
   FusedTable table;
   FusedSchedule schedule;
@@ -109,6 +112,7 @@ struct FusedArgs {
   const void* bias = nullptr;  // [N] or null
   int32_t columns = 0;         // N: of y, dx or h
   int32_t maps = 1;            // of a group
+  bool wait_first = false;     // x may come from the launch in front
   int32_t column_tiles = 0;
   int32_t steps = 0;                      // over w: ceil(K / kFusedDepth)
   int32_t part_tile[kMaxParts + 1] = {};  // first column tile of each part
@@ -186,10 +190,10 @@ struct FusedPackArgs {
 
 // lora_fused_pack.cu
 void fused_pack(DType dtype, const FusedPackArgs& args, cudaStream_t stream);
-// lora_fused_bf16.cu, lora_fused_f16.cu. `clusters`: how many run at a time, as fused_clusters_*() says. `packed`: the launch in
-// front is fused_pack, beside which the product may begin: E is not needed before an item's last steps.
-void fused_product_bf16(const FusedArgs& args, FusedKind kind, int clusters, bool packed, cudaStream_t stream);
-void fused_product_f16(const FusedArgs& args, FusedKind kind, int clusters, bool packed, cudaStream_t stream);
+// lora_fused_bf16.cu, lora_fused_f16.cu. `clusters`: how many run at a time, as fused_clusters_*() says. `overlap`: begins beside
+// the launch in front. Unless wait_first, that is the one that writes E, which is not needed before an item's last steps.
+void fused_product_bf16(const FusedArgs& args, FusedKind kind, int clusters, bool overlap, cudaStream_t stream);
+void fused_product_f16(const FusedArgs& args, FusedKind kind, int clusters, bool overlap, cudaStream_t stream);
 int fused_clusters_bf16(FusedKind kind);
 int fused_clusters_f16(FusedKind kind);
 

@@ -153,12 +153,13 @@ void CudaOps::lora_shrink(const LoraLinear& linear, const LoraGroups& groups, Te
   shrink_on(stream(), linear, groups, x, s);
 }
 
-void CudaOps::shrink_on(cudaStream_t on, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s) {
+bool CudaOps::shrink_on(cudaStream_t on, const LoraLinear& linear, const LoraGroups& groups, TensorView x, TensorView s,
+                        TensorView e) {
   expect("lora_shrink", "x", x, dtype_, -1, linear.in);
   const LoraCall call = lora_call("lora_shrink", linear, groups, x.rows);
   const Ranks ranks = ranks_of(linear, groups);
   const int stacked = ranks.stacked, single = ranks.single;
-  if (stacked == 0 || x.rows == 0) return;
+  if (stacked == 0 || x.rows == 0) return false;
   expect("lora_shrink", "s", s, dtype_, x.rows, -1);
   require(s.cols >= stacked, "[lora_shrink] s: expected at least ", stacked, " columns, got ", s.cols);
   device_.use();
@@ -171,7 +172,7 @@ void CudaOps::shrink_on(cudaStream_t on, const LoraLinear& linear, const LoraGro
   bool plain = false;
   for (int32_t g = 0; g < groups.count; ++g)
     plain = plain || (groups.host_groups[g].sites != nullptr && groups.host_groups[g].dropout == 0);
-  if (plain && tall) tall_shrink(on, linear, groups, call, stacked, x, s);
+  if (plain && tall) tall_shrink(on, linear, groups, call, stacked, x, s, e);
   dispatch_half(dtype_, [&]<class T>() {
     if (plain && !tall)
       launch_ranks<T, Product::shrink>(plan_of(groups, linear.in, 1, fast, device_.processors(), deterministic_, true), args,
@@ -181,6 +182,7 @@ void CudaOps::shrink_on(cudaStream_t on, const LoraLinear& linear, const LoraGro
                                                args, single, linear.parts, on);
     }
   });
+  return !e.empty() && plain && tall && !dropout;
 }
 
 void CudaOps::lora_backward_s(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView ds) {

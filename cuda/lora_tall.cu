@@ -2,38 +2,42 @@
 // rows whatever the rank. lora_reduce.cu has the same products for few rows, any alignment and dropout.
 //
 // A block takes 128 rows of one group, a warpgroup 64 of them, and up to 256 ranks: wgmma with the sums in registers, its operands
-// staged by cp.async in pieces of 128 along k. The blocks of a cluster share out k piece by piece; their sums meet in shared memory
-// and are added in the order of the blocks.
+// staged in pieces along k, the wide rows by the copy engine and the thin matrix by cp.async. The blocks of a cluster share out k
+// piece by piece; their sums meet in shared memory and are added in the order of the blocks.
 #include <cooperative_groups.h>
 
 #include <algorithm>
 
 #include "cuda_ops.h"
 #include "lora.cuh"
+#include "tma.cuh"
 #include "wgmma.cuh"
 
 namespace loquetier::cuda {
 
 namespace {
 
-constexpr int kRows = 128;   // of a block
-constexpr int kPiece = 128;  // of k: two panels, 256 bytes of a row
-constexpr int kWideBytes = kRows * kPiece * 2;
+constexpr int kRows = 128;  // of a block
+constexpr int kBox = 64;    // rows and columns that the copy engine moves at a time: a warpgroup's rows of a panel
+constexpr int kBoxBytes = kBox * kBox * 2;
 
 struct TallArgs {
+  CUtensorMap map;  // of x or dy [T, wide]
   LoraCall call;
-  const void* p;  // [T, wide] x or dy
-  int64_t ld_p;
   void* s;  // [T, ranks]
   int64_t ld_s;
+  void* e = nullptr;  // [T, ranks] or null: scale * s too
+  int64_t ld_e = 0;
 };
 
-// NR ranks at once. Two blocks a processor where shared memory allows: one loads while the other starts or ends.
+// NR ranks at once. One block a processor, with as many pieces under way as there is room for: at 8,192 rows of 4,096 columns 21 us
+// where two blocks with half of it each took 26 (16 ranks, H200).
 template <int NR>
 struct Shape {
-  static constexpr int kStages = NR == 16 || NR == 128 ? 3 : 2;
+  static constexpr int kPiece = NR <= 64 ? 128 : 64;  // of k
+  static constexpr int kWideBytes = kRows * kPiece * 2;
   static constexpr int kStageBytes = kWideBytes + NR * kPiece * 2;
-  static constexpr int kBlocks = NR <= 64 ? 2 : 1;
+  static constexpr int kStages = 224 * 1024 / kStageBytes;
   static constexpr int kLdSum = NR + 4;  // floats; of the sums in shared memory, which take the place of the stages
   static constexpr size_t kShared = size_t{kStages} * kStageBytes + 1024;
   static_assert(kRows * kLdSum * 4 <= kStages * kStageBytes);
@@ -41,14 +45,21 @@ struct Shape {
 
 // kBackward: p is dy and the thin matrix B [out, R] of one part (grid.y); otherwise x and the stacked A [R, in] of all parts.
 template <class T, int NR, bool kBackward>
-__global__ void __launch_bounds__(kLoraThreads, Shape<NR>::kBlocks) tall_kernel(TallArgs a) {
+__global__ void __launch_bounds__(kLoraThreads, 1) tall_kernel(const __grid_constant__ TallArgs a) {
   using S = Shape<NR>;
+  constexpr int kPiece = S::kPiece;
   constexpr int N = NR < 64 ? NR : 64, kTiles = NR / N;  // ranks of one product; products side by side
   constexpr int kThinRows = kBackward ? kPiece : NR, kThinUnits = kBackward ? NR / 8 : kPiece / 8;
   extern __shared__ uint8_t raw[];
   __shared__ LoraSite site;
+  __shared__ uint64_t arrived[S::kStages];  // a piece of p, by the copy engine
+  const int thread = static_cast<int>(threadIdx.x);
   auto cluster = cooperative_groups::this_cluster();
   const int cluster_size = static_cast<int>(cluster.num_blocks()), cluster_rank = static_cast<int>(cluster.block_rank());
+  if (thread == 0) {
+    for (uint64_t& barrier : arrived) barrier_init(barrier, 1);
+    barrier_init_fence();
+  }
   const Tile tile = find_tile(a.call, kRows, static_cast<int>(blockIdx.x) / cluster_size);
   if (tile.group < 0) return start_after_previous();
   if (!kBackward && a.call.groups[tile.group].dropout > 0) return start_after_previous();  // of the whole cluster
@@ -80,18 +91,29 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR>::kBlocks) tall_kernel(
 
   uint8_t* shared = raw + (1024 - shared_address(raw) % 1024) % 1024;  // the same place in every block of the cluster
   const uint32_t base = shared_address(shared);
-  const uint16_t* wide = static_cast<const uint16_t*>(a.p) + tile.row * a.ld_p + p_column;
   const int pieces = (k + kPiece - 1) / kPiece, own = (pieces - cluster_rank + cluster_size - 1) / cluster_size;
+  // Every tile begins at another piece: together they would all ask the L2 for the same part of the thin matrix.
+  const int first = static_cast<int>(blockIdx.x) / cluster_size % max(own, 1);
   const auto load = [&](int i) {
     if (i < own) {
-      const int k0 = (cluster_rank + i * cluster_size) * kPiece;
+      const int k0 = (cluster_rank + (i + first - (i + first < own ? 0 : own)) * cluster_size) * kPiece;
       const uint32_t stage = base + static_cast<uint32_t>(i % S::kStages * S::kStageBytes);
-      load_wide<kRows, kPiece / 64, kLoraThreads>(stage, wide + k0, a.ld_p, tile.rows, k - k0);
+      if (thread == 0) {  // columns behind a part are the next one's of the same rows, and meet zeros
+        const int boxes = tile.rows > kBox ? 2 : 1;
+        barrier_expect(arrived[i % S::kStages], static_cast<uint32_t>(boxes * (kPiece / kBox) * kBoxBytes));
+#pragma unroll 1
+        for (int box = 0; box < boxes; ++box) {
+#pragma unroll
+          for (int panel = 0; panel < kPiece / kBox; ++panel)
+            tma_load(stage + static_cast<uint32_t>(panel * kRows * 128 + box * kBoxBytes), a.map, arrived[i % S::kStages],
+                     static_cast<int>(p_column) + k0 + panel * kBox, static_cast<int>(tile.row) + box * kBox, kNoHint);
+        }
+      }
       if constexpr (kBackward) {
-        load_thin<kThinRows, kThinUnits, kLoraThreads>(stage + kWideBytes, thin + int64_t{k0} * rank + rank_begin, rank, k - k0,
+        load_thin<kThinRows, kThinUnits, kLoraThreads>(stage + S::kWideBytes, thin + int64_t{k0} * rank + rank_begin, rank, k - k0,
                                                        ranks / 8);
       } else {
-        load_thin<kThinRows, kThinUnits, kLoraThreads>(stage + kWideBytes, thin + int64_t{rank_begin} * k + k0, k, ranks,
+        load_thin<kThinRows, kThinUnits, kLoraThreads>(stage + S::kWideBytes, thin + int64_t{rank_begin} * k + k0, k, ranks,
                                                        (k - k0) / 8);
       }
     }
@@ -105,6 +127,7 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR>::kBlocks) tall_kernel(
   float sum[kTiles][N / 2] = {};
 #pragma unroll 1
   for (int i = 0; i < own; ++i) {
+    barrier_wait(arrived[i % S::kStages], static_cast<uint32_t>(i / S::kStages % 2));
     wait_copies<S::kStages - 2>();
     async_fence();
     __syncthreads();  // the piece is there, and nobody multiplies the one before it any more
@@ -117,7 +140,7 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR>::kBlocks) tall_kernel(
 #pragma unroll
     for (int c = 0; c < kPiece / 16; ++c) {
       const uint64_t x = wide_operand(rows + static_cast<uint32_t>(c / 4 * (kRows * 128) + c % 4 * 32));
-      const uint32_t from = stage + kWideBytes + static_cast<uint32_t>(kBackward ? c * 16 * 16 : c * 2 * NR * 16);
+      const uint32_t from = stage + S::kWideBytes + static_cast<uint32_t>(kBackward ? c * 16 * 16 : c * 2 * NR * 16);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         const uint32_t ranks_from = from + static_cast<uint32_t>(j * 8 * (kBackward ? kThinRows * 16 : 128));
@@ -164,6 +187,15 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR>::kBlocks) tall_kernel(
 #pragma unroll
     for (int i = 0; i < 8; ++i) out.v[i] = from_float<T>(total[i] * scale);
     store_pack<T, 8>(s + row * a.ld_s + r, out);
+    if constexpr (!kBackward) {
+      if (a.e == nullptr || rank_begin + r >= a.ld_e) continue;  // of a group that the product leaves out, perhaps
+      int owner = 0;
+      for (int before = r + rank_begin; before >= site.part[owner].rank;) before -= site.part[owner++].rank;
+      const float factor = site.part[owner].scale;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out.v[i] = from_float<T>(to_float(out.v[i]) * factor);
+      store_pack<T, 8>(static_cast<T*>(a.e) + (tile.row + row) * a.ld_e + rank_begin + r, out);
+    }
   }
   cluster.sync();  // a block's sums stay until all have read them
 }
@@ -173,8 +205,7 @@ void launch_tall(const TallArgs& args, int64_t tiles, int products, int rank, in
                  std::source_location where) {
   const int64_t chunks = ceil_div(rank, NR), blocks = tiles * products * chunks;
   int cluster = 1;
-  while (cluster < kMaxCluster && blocks * cluster * 2 <= int64_t{processors} * Shape<NR>::kBlocks && k >= cluster * 4 * kPiece)
-    cluster *= 2;
+  while (cluster < kMaxCluster && blocks * cluster * 2 <= processors && k >= cluster * 4 * Shape<NR>::kPiece) cluster *= 2;
   Launch{dim3(static_cast<unsigned>(tiles * cluster), static_cast<unsigned>(products), static_cast<unsigned>(chunks)),
          dim3(kLoraThreads),
          Shape<NR>::kShared,
@@ -200,10 +231,11 @@ void launch_ranks(const TallArgs& args, int64_t tiles, int products, int rank, i
 }  // namespace
 
 void CudaOps::tall_shrink(cudaStream_t on, const LoraLinear& linear, const LoraGroups& groups, const LoraCall& call, int stacked,
-                          TensorView x, TensorView s) {
+                          TensorView x, TensorView s, TensorView e) {
   const int64_t tiles = count_tiles(groups, kRows).tiles;
   dispatch_half(dtype_, [&]<class T>() {
-    launch_ranks<T, false>({call, x.data, x.ld, s.data, s.ld}, tiles, 1, stacked, linear.in, device_.processors(), on);
+    launch_ranks<T, false>({tensor_maps_.get(x, kBox, kBox), call, s.data, s.ld, e.data, e.ld}, tiles, 1, stacked, linear.in,
+                           device_.processors(), on);
   });
 }
 
@@ -211,7 +243,8 @@ void CudaOps::tall_backward_s(const LoraLinear& linear, const LoraGroups& groups
                               TensorView ds) {
   const int64_t tiles = count_tiles(groups, kRows).tiles, k = *std::max_element(linear.out, linear.out + linear.parts);
   dispatch_half(dtype_, [&]<class T>() {
-    launch_ranks<T, true>({call, dy.data, dy.ld, ds.data, ds.ld}, tiles, linear.parts, single, k, device_.processors(), stream());
+    launch_ranks<T, true>({tensor_maps_.get(dy, kBox, kBox), call, ds.data, ds.ld}, tiles, linear.parts, single, k,
+                          device_.processors(), stream());
   });
 }
 

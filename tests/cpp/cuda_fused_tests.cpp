@@ -86,6 +86,17 @@ std::vector<LoraShape> large_shapes() {
   for (int32_t g = 0; g < 8; ++g) decodes.groups.push_back({512 + 8 * g, 8 - g % 3, {8 * (1 + g % 3), 16, g == 5 ? 0 : 72}, 0});
   shapes.push_back(decodes);
   shapes.push_back({"sums divided among many", 552, 2056, {256, 264}, {{0, 400, {16, 8}, 0}, {400, 152, {40, 128}, 0}}});
+  // s and ds are taken as they are: whole tiles of one group or none, all with the same ranks.
+  shapes.push_back({"whole tiles of several groups",
+                    1101,
+                    136,
+                    {256, 512, 72},
+                    {{0, 256, {16, 64, 80}, 0}, {256, 384, {16, 64, 80}, 0}, {768, 333, {16, 64, 80}, 0}}});
+  shapes.push_back({"a part left alone by all", 640, 192, {256, 256, 264}, {{0, 128, {32, 0, 16}, 0}, {128, 512, {32, 0, 16}, 0}}});
+  shapes.push_back({"one group to the last row", 740, 128, {512}, {{128, 612, {112}, 0}}});
+  LoraShape behind{"whole tiles and small groups behind", 575, 192, {256, 256}, {{0, 512, {16, 16}, 0}}};
+  for (int32_t g = 0; g < 7; ++g) behind.groups.push_back({512 + 9 * g, 9, {8 + 24 * g, 16}, 0});
+  shapes.push_back(behind);
   return shapes;
 }
 
