@@ -92,11 +92,9 @@ __global__ void __launch_bounds__(kLoraThreads, 1) tall_kernel(const __grid_cons
   uint8_t* shared = raw + (1024 - shared_address(raw) % 1024) % 1024;  // the same place in every block of the cluster
   const uint32_t base = shared_address(shared);
   const int pieces = (k + kPiece - 1) / kPiece, own = (pieces - cluster_rank + cluster_size - 1) / cluster_size;
-  // Every tile begins at another piece: together they would all ask the L2 for the same part of the thin matrix.
-  const int first = static_cast<int>(blockIdx.x) / cluster_size % max(own, 1);
   const auto load = [&](int i) {
     if (i < own) {
-      const int k0 = (cluster_rank + (i + first - (i + first < own ? 0 : own)) * cluster_size) * kPiece;
+      const int k0 = (cluster_rank + i * cluster_size) * kPiece;
       const uint32_t stage = base + static_cast<uint32_t>(i % S::kStages * S::kStageBytes);
       if (thread == 0) {  // columns behind a part are the next one's of the same rows, and meet zeros
         const int boxes = tile.rows > kBox ? 2 : 1;
