@@ -16,7 +16,8 @@
 // Gate and up with swiglu behind them ("pair"): a tile is as many rows of gate as of up, in blocks gate, up, gate, up, the first
 // two for one warpgroup, the others for the other. A thread then has both values of an h, and y is h.
 //
-// One file because every part of the kernel works on the same ring.
+// linear_decode_ring.cuh has the ring and its sizes, linear_decode_lora.cuh the adapters' part, linear_decode_sums.cuh how shares
+// of k leave or meet.
 //
 // Launches overlap: what does not depend on x is requested before the launch in front has ended, which keeps the memory busy across
 // the small kernels between two products. All blocks of a launch run at the same time (at most one a processor), so they may wait
@@ -29,105 +30,14 @@
 #include "core/check.h"
 #include "cuda_ops.h"
 #include "linear_decode.h"
-#include "linear_decode_lora.cuh"
 #include "linear_decode_mma.cuh"
-#include "tma.cuh"
+#include "linear_decode_sums.cuh"
 
 namespace loquetier::cuda {
 
 namespace {
 
-constexpr int kK = 64;  // columns of a stage: 128 bytes, one row of the swizzle
-constexpr int kGroups = 2;
-constexpr int kConsumers = kGroups * 128;
-constexpr int kConsumerWarps = kConsumers / kWarp;
-constexpr int kBaseThreads = kConsumers + kWarp;      // and the warp that fetches
-constexpr int kAllThreads = kBaseThreads + kHelpers;  // without adapters in the batch the helpers are not launched
-constexpr int kSharedBytes = 216 * 1024;              // five stages of 224 rows of W and 64 of x; measured faster than 150 KB
-constexpr int kMostStages = 10;
-constexpr int64_t kMostColumns = 128 * 1024;  // of k: quotient() of the pieces of all tasks
-// Of the bytes of W of another block, in percent: what a block without a tile may have of A before the others get any.
-constexpr int kIdleShare = 60;
-constexpr int kTurn = 1;         // pieces of A between two of W; 2: the same, measured
-constexpr uint64_t kTile = 840;  // divisible by every number of splits
-static_assert(kTile % 8 == 0 && kTile % 7 == 0 && kTile % 5 == 0 && kTile % 3 == 0 && kMaxDecodeSplits == 8);
-
-template <int kM, int kRows>
-struct Tiling {
-  static constexpr int most = 64 * kM * kGroups;  // rows of W of a tile at most
-  static constexpr int x_bytes = kRows * kK * 2;
-  static constexpr int stride = 64 * kM * 2 + 16;  // bytes of a row of y of one group; 16 keep rows off each other's banks
-  static constexpr int staging = kGroups * kRows * stride;
-  // s in the place of y's staging, before it; the stride keeps the 8 bytes of 16 lanes off each other's banks.
-  static constexpr int s_stride = kGroups * stride, max_rank = 128 * kM;
-  static_assert(max_rank * 2 <= s_stride);
-  static_assert(kConsumerWarps * kTaskSums * sizeof(float) <= staging);
-};
-
-// Where a warp is in the ring: a place, and the parity of how often the ring has been gone round.
-struct Cursor {
-  int place = 0;
-  uint32_t round = 0;
-};
-
-// Stages and their barriers. Stage i, counted from the start of the block, lies at place i % count.
-template <bool kPair>
-struct Ring {
-  uint64_t full[kMostStages], empty[kMostStages];
-  ExpandStage<kPair> expand[kMostStages];
-  uint64_t sums;  // arrival barrier
-  uint32_t stages;
-  int bytes, count;
-  int open;  // pieces of A may go to the stages before this one
-
-  __device__ void next(Cursor& c) const {
-    if (++c.place < count) return;
-    c.place = 0;
-    c.round ^= 1;
-  }
-  __device__ void wait_full(const Cursor& c) { barrier_wait(full[c.place], c.round); }
-  __device__ void wait_empty(const Cursor& c) { barrier_wait(empty[c.place], c.round ^ 1); }
-  // By all lanes of each warp that multiplies, when it has read the stage.
-  __device__ void release(int place) {
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) barrier_arrive(empty[place]);
-  }
-  __device__ uint32_t address(const Cursor& c) const { return stages + static_cast<uint32_t>(c.place * bytes); }
-};
-
-struct DecodeArgs {
-  void* y;  // with the type of x
-  int64_t ld_y;
-  float* wide;  // not null: y is not written, but the sums [splits, rows, n], rows ld_wide apart
-  int64_t ld_wide;
-  const void* bias;  // [n] or null
-  int rows, n, k;    // n: columns of y
-  int height;        // rows of W of a tile, a multiple of 16
-  int block;         // of them that one 64 of m has: less than 64 only of a pair
-  int tiles, splits;
-  Equal pieces, s_rows, blocks;  // of k, rows of the batch, blocks of 16 columns of a tile: over the splits
-  int stages, stage;             // of the ring, and the bytes of one
-  float4* sums;                  // [tiles][splits][blocks of 16 columns][blocks of 8 rows][lane]
-  uint64_t* tickets;  // [tiles] kTile for every launch that ended, and kTile / splits for every block that has laid down its sums
-  AdapterArgs lora;
-};
-
-// What a block does: tiles first, first + step, …, of k the pieces [begin, end), the expand of the rows [from, to). Of a launch
-// with adapters there may be blocks without a tile: all they do is a share of the shrink.
-struct Share {
-  int split, first, step, tiles, begin, end, from, to;
-
-  __device__ explicit Share(const DecodeArgs& a)
-      : split(static_cast<int>(blockIdx.x)),
-        first(static_cast<int>(blockIdx.y)),
-        step(static_cast<int>(gridDim.y)),
-        tiles(a.tiles),
-        begin(a.pieces.begin(split)),
-        end(first < tiles ? a.pieces.begin(split + 1) : begin),
-        from(a.s_rows.begin(split)),
-        to(a.s_rows.begin(split + 1)) {}
-  __device__ int pieces() const { return end - begin; }
-};
+using namespace decode;
 
 __device__ inline int block_of_launch() { return static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x); }
 
@@ -340,109 +250,6 @@ __device__ inline void expand(Ring<kPair>& ring, Cursor& at, int block, uint32_t
     ring.release(at.place);
   }
   warps.flush(sum);
-}
-
-// ---------------------------------------------------------------- the meeting of the shares of k
-
-// What a ticket reads once all blocks of the tile have laid down their sums. By one thread, in advance: a trip to memory less when
-// it matters.
-__device__ inline uint64_t full_ticket(const DecodeArgs& a, const Share& share) {
-  wait_for_previous();
-  return (load_relaxed(a.tickets + share.first) / kTile + 1) * kTile;
-}
-
-// Lays down the block's sums, and brings those of its part from all shares of k to shared memory: split after split, `bytes` each.
-template <int kM, int kRows>
-__device__ inline void exchange_sums(const DecodeArgs& a, const Share& share, const float (&sum)[kM][kRows / 2], uint64_t full,
-                                     Ring<false>& ring, int first_block, uint32_t bytes) {
-  constexpr int kRowBlocks = kRows / 8, kBlockSums = kRowBlocks * kWarp, kTileSums = 8 * kM * kBlockSums;  // in fours
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  float4* tile = a.sums + int64_t{share.first} * a.splits * kTileSums;
-  float4* mine = tile + share.split * kTileSums + lane;
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-    const int block = (warp / 4 * kM + m) * 4 + warp % 4;
-#pragma unroll
-    for (int j = 0; j < kRowBlocks; ++j) {
-      const float* c = sum[m] + 4 * j;
-      if (j * 8 < a.rows && block * 16 < a.height) mine[block * kBlockSums + j * kWarp] = {c[0], c[1], c[2], c[3]};
-    }
-  }
-  named_barrier(kConsumerBarrier, kConsumers);
-  if (threadIdx.x == 0) {
-    raise_release(a.tickets + share.first, kTile / static_cast<uint64_t>(a.splits));
-    barrier_expect(ring.sums, bytes * static_cast<uint32_t>(a.splits));
-    while (load_acquire(a.tickets + share.first) < full) {
-    }
-    asm volatile("fence.proxy.async;" ::: "memory");  // the bulk copies see what was acquired
-#pragma unroll 1
-    for (int p = 0; p < a.splits; ++p)
-      bulk_load(ring.stages + static_cast<uint32_t>(p) * bytes, tile + p * kTileSums + first_block * kBlockSums, bytes, ring.sums,
-                kNoHint);
-  }
-  barrier_wait(ring.sums, 0);
-}
-
-// The meeting: y of the blocks of 16 columns that this block adds up, of those in the tile.
-template <class T, int kM, int kRows>
-__device__ inline void add_up_sums(const DecodeArgs& a, const Share& share, const float (&sum)[kM][kRows / 2], uint64_t full,
-                                   Ring<false>& ring) {
-  constexpr int kRowBlocks = kRows / 8;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int first = a.blocks.begin(share.split), items = (a.blocks.begin(share.split + 1) - first) * kRowBlocks;
-  const uint32_t bytes = static_cast<uint32_t>(items * kWarp) * sizeof(float4);
-  exchange_sums<kM, kRows>(a, share, sum, full, ring, first, bytes);
-#pragma unroll 1
-  for (int item = warp; item < items; item += kConsumerWarps) {
-    const int row = item % kRowBlocks * 8 + lane % 4 * 2,
-              column = share.first * a.height + (first + item / kRowBlocks) * 16 + lane / 4;
-    if (item % kRowBlocks * 8 >= a.rows) continue;
-    float total[4] = {};
-    uint32_t from = ring.stages + static_cast<uint32_t>(item * kWarp + lane) * 16;
-#pragma unroll 2
-    for (int p = 0; p < a.splits; ++p, from += bytes) {
-      const uint4 part = load_shared16(from);
-      total[0] += __uint_as_float(part.x);
-      total[1] += __uint_as_float(part.y);
-      total[2] += __uint_as_float(part.z);
-      total[3] += __uint_as_float(part.w);
-    }
-#pragma unroll
-    for (int high = 0; high < 2; ++high) {
-      if (column + 8 * high >= a.n) continue;
-      const float add = a.bias != nullptr ? to_float(static_cast<const T*>(a.bias)[column + 8 * high]) : 0.0f;
-      T* y = static_cast<T*>(a.y) + row * a.ld_y + column + 8 * high;
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd)
-        if (row + odd < a.rows) y[odd * a.ld_y] = from_float<T>(total[2 * high + odd] + add);
-    }
-  }
-}
-
-// ---------------------------------------------------------------- sums that leave in f32
-
-// As they lie: eight columns of four rows at a time, whole sectors of 32 bytes.
-template <class T, int kM, int kRows>
-__device__ inline void store_wide(const DecodeArgs& a, const Share& share, int tile, const float (&sum)[kM][kRows / 2]) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int row = lane % 4 * 2, end = min(a.n, (tile + 1) * a.height);
-  float* y = a.wide + (int64_t{share.split} * a.rows + row) * a.ld_wide;
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-    const int column = tile * a.height + ((warp / 4 * kM + m) * 4 + warp % 4) * 16 + lane / 4;
-#pragma unroll
-    for (int high = 0; high < 2; ++high) {
-      const int at = column + 8 * high;
-      if (at >= end) continue;
-      const float add = a.bias != nullptr && share.split == 0 ? to_float(static_cast<const T*>(a.bias)[at]) : 0.0f;
-#pragma unroll
-      for (int j = 0; j < kRows / 8; ++j) {
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd)
-          if (8 * j + row + odd < a.rows) y[(8 * j + odd) * a.ld_wide + at] = sum[m][4 * j + 2 * high + odd] + add;
-      }
-    }
-  }
 }
 
 // ---------------------------------------------------------------- the kernel
