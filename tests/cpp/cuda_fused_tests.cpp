@@ -364,22 +364,12 @@ TEST(linear_lora_rope_against_its_parts) {
             const int64_t rank = std::max(lora.max_rank, 8);
             const AttentionShape shape{4, 2, d, 0};
             const KvShape kv_shape{10, 8, 2, d};
-            std::vector<int32_t> positions, slots;
-            std::vector<float> inv_freq;
-            for (int32_t t = 0; t < rows; ++t) {
-              positions.push_back(static_cast<int32_t>(rig.random_int(5000)));
-              slots.push_back(t % 3 == 0 ? -1 : t);
-            }
-            for (int32_t i = 0; i < d / 2; ++i) inv_freq.push_back(static_cast<float>(std::pow(10000.0, -2.0 * i / d)));
-            ArrayOnDevice<int32_t> dpositions(rig, positions), dslots(rig, slots);
-            ArrayOnDevice<float> dfreq(rig, inv_freq);
-            OnDevice table(rig, rows, d, DType::f32);
-            rig.ops().rope_table(dpositions.data(), dfreq.data(), 1.0f, table);
-            rig.device().synchronize();
-
+            std::vector<int32_t> slots;
+            for (int32_t t = 0; t < rows; ++t) slots.push_back(t % 3 == 0 ? -1 : t);
+            ArrayOnDevice<int32_t> dslots(rig, slots);
             Host x = rig.random(rows, in), w = rig.random(columns, in, 1 / std::sqrt(double(in)));
-            Host bias = rig.random(1, columns), norm = rig.random(1, d);
-            OnDevice dx(rig, x), dw(rig, w), dbias(rig, bias), dnorm(rig, norm), s(rig, rows, rank);
+            Host bias = rig.random(1, columns), norm = rig.random(1, d), angles = rig.random(rows, d);
+            OnDevice dx(rig, x), dw(rig, w), dbias(rig, bias), dnorm(rig, norm), s(rig, rows, rank), table(rig, angles, DType::f32);
             OnDevice pages(rig, 2 * 80, 2 * d), pages2(rig, 2 * 80, 2 * d), qkv(rig, rows, columns), qkv2(rig, rows, columns),
                 raw(rig, rows, 6 * d), raw2(rig, rows, 6 * d);
             const auto rope_to = [&](OnDevice& kv, OnDevice& kept) {
@@ -507,6 +497,16 @@ TEST(linear_lora_refuses_bad_shapes) {
     CHECK_THROWS(InvalidArgument, "expected [4, 16]",
                  rig.ops().linear_lora_swiglu(dx, dw, both.linear, both.groups, both_s, good, uneven, false));
     CHECK(uneven.download() == as_made);
+
+    OnDevice norm(rig, 1, 32), sum(rig, 4, 32), z(rig, 4, 31);
+    const auto sum_as_made = sum.download();
+    CHECK_THROWS(InvalidArgument, "y: expected [4, 32]",
+                 rig.ops().linear_lora_add_rms_norm(dx, dw, {}, lora.linear, lora.groups, s, good, good, norm, 1e-5f, sum, z));
+    CHECK(sum.download() == sum_as_made);
+    OnDevice angles(rig, 3, 4, DType::f32);
+    const Rope rope = {{4, 2, 4, 0}, angles, {}, {}, 1e-5f, {}, nullptr, {}, {}};
+    CHECK_THROWS(InvalidArgument, "cos_sin: expected",
+                 rig.ops().linear_lora_rope(dx, dw, {}, lora.linear, lora.groups, s, sum, rope));
 
     OnDevice dy(rig, 4, 32), ds(rig, 4, 8), wrong(rig, 4, 63);
     const auto untouched = wrong.download();
