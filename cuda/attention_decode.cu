@@ -57,12 +57,6 @@ struct DecodeAttentionArgs {
 constexpr int kMostHeads = kMostDecodeGroup;
 static_assert(kMostHeads % kHeads == 0);
 
-__device__ inline float power_of_2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // 16 bytes that nothing else will read, zeros unless `real`.
 __device__ inline void copy_async(uint32_t to, const std::byte* from, bool real) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(real ? 16 : 0),
@@ -245,14 +239,9 @@ struct Running {
 
 // ---------------------------------------------------------------- the ends of runs
 
-template <int kV>
-struct alignas(kV * 4) Floats {
-  float v[kV];
-};
-
 // Finished elements of a head's row.
 template <class T, int kV>
-__device__ inline void store_out(T* to, const Floats<kV>& sum, float factor) {
+__device__ inline void store_out(T* to, const Pack<float, kV>& sum, float factor) {
   Pack<T, kV> pack;
   for (int i = 0; i < kV; ++i) pack.v[i] = from_float<T>(sum.v[i] * factor);
   store_pack<T, kV>(to, pack);
@@ -268,7 +257,7 @@ __device__ inline void add_parts(const DecodeAttentionArgs& a, int block, int sl
     return int64_t{2 * (block + p) + (p == 0 ? slot : 0)} * kMostHeads + min(warp + i * kWarps, a.group - 1);
   };
   float top[kOwn], total[kOwn] = {};
-  Floats<kV> sum[kOwn] = {};
+  Pack<float, kV> sum[kOwn] = {};
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) top[i] = -INFINITY;
   for (int p = lane; p < parts; p += kWarp) {
@@ -283,7 +272,7 @@ __device__ inline void add_parts(const DecodeAttentionArgs& a, int block, int sl
     for (int i = 0; i < kOwn; ++i) {
       const float2 mark = __ldcg(a.marks + place(p, i));
       const float* from = a.sums + place(p, i) * kD + lane * kV;
-      Floats<kV> part;
+      Pack<float, kV> part;
       if constexpr (kV == 4) *reinterpret_cast<float4*>(&part) = __ldcg(reinterpret_cast<const float4*>(from));
       else *reinterpret_cast<float2*>(&part) = __ldcg(reinterpret_cast<const float2*>(from));
       const float factor = power_of_2(mark.x - top[i]);
@@ -390,12 +379,12 @@ __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_atten
       for (int head = warp; head < min(kHeads, a.group - n * kHeads); head += kWarps) {
         float top = -INFINITY, total_sum = 0;
         for (int w = 0; w < kWarps; ++w) top = fmaxf(top, marks[w][n * kHeads + head].x);
-        Floats<kV> sum = {};
+        Pack<float, kV> sum = {};
         for (int w = 0; w < kWarps; ++w) {
           const float2 mark = marks[w][n * kHeads + head];
           const float factor = power_of_2(mark.x - top);
           const auto part =
-              *reinterpret_cast<const Floats<kV>*>(meeting + (w * kHeads + head) * kD + ((lane * kV) ^ (head / 2 * 8)));
+              *reinterpret_cast<const Pack<float, kV>*>(meeting + (w * kHeads + head) * kD + ((lane * kV) ^ (head / 2 * 8)));
           total_sum += factor * mark.y;
           for (int i = 0; i < kV; ++i) sum.v[i] += factor * part.v[i];
         }
@@ -403,7 +392,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_atten
           store_out<T, kV>(out_row + (n * kHeads + head) * kD + lane * kV, sum, 1.0f / total_sum);
         } else {
           const int64_t place = int64_t{2 * block + slot} * kMostHeads + n * kHeads + head;
-          *reinterpret_cast<Floats<kV>*>(a.sums + place * kD + lane * kV) = sum;
+          *reinterpret_cast<Pack<float, kV>*>(a.sums + place * kD + lane * kV) = sum;
           if (lane == 0) a.marks[place] = {top, total_sum};
         }
       }
@@ -461,7 +450,7 @@ bool decode_attention(void* workspace, TensorView q, KvLayer kv, const KvShape& 
   args.page_bits = std::countr_zero(static_cast<unsigned>(kv_shape.page_size));
   args.kv_heads = shape.kv_heads;
   args.group = group;
-  args.scale = shape.scale * 1.4426950408889634f;  // log2 e
+  args.scale = shape.scale * kLog2E;
   const size_t parts = size_t{2} * kDecodeAttentionBlocks * static_cast<size_t>(processors) * kMostHeads;
   args.sums = static_cast<float*>(workspace);
   args.marks = reinterpret_cast<float2*>(args.sums + parts * kMostDecodeHeadSize);

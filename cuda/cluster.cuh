@@ -14,15 +14,8 @@ __device__ inline void cluster_arrive() {
 }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// An arrival barrier (mbarrier, 8 bytes of shared memory): a phase ends when one thread has said how many bytes come and they came.
-__device__ inline void init_arrival(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-// After init_arrival(), before the cluster's barrier behind which others send.
-__device__ inline void publish_arrivals() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ inline void expect_arrival(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
+// An arrival barrier (barrier_init() for one arrival): a phase ends when one thread has said how many bytes come (barrier_expect())
+// and they came. What other blocks sent may then be read.
 __device__ inline void wait_arrival(uint32_t barrier, uint32_t parity) {
   uint32_t done = 0;
   while (done == 0) {

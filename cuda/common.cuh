@@ -133,12 +133,20 @@ __device__ inline float from_float<float>(float x) {
   return x;
 }
 
+constexpr float kLog2E = 1.44269504f;
+// In one instruction: to two units of the last place, exact at 0, zero below 2^-126.
+__device__ inline float power_of_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 template <class T>
 __device__ inline float rounded(float x) {
   return to_float(from_float<T>(x));
 }
 
-// N elements moved at once; N * sizeof(T) is at most 16 and the address is aligned to it.
+// N elements; what is loaded and stored at once has at most 16 bytes, and the address is aligned to them.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T v[N];

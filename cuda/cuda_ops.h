@@ -156,8 +156,7 @@ class CudaOps final : public Ops {
   void rms_norm_and_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx, TensorView y) override;
 
   void rope_table(const int32_t* positions, const float* inv_freq, float attention_factor, TensorView cos_sin) override;
-  void rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
-            TensorView raw, const int32_t* kv_slots, KvLayer kv, const KvShape& kv_shape) override;
+  void rope(TensorView qkv, const Rope& rope) override;
   void rope_backward(TensorView dqkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm,
                      float eps, TensorView raw) override;
 
@@ -243,10 +242,11 @@ class CudaOps final : public Ops {
   std::unordered_map<LinearKey, cublasLtMatmulAlgo_t, LinearKeyHash> linear_algorithms_;
   TensorMaps tensor_maps_;
   int wide_clusters_[4] = {};  // lora_wide.cu: clusters that run at a time, for 16, 32, 48 and 64 ranks; 0: not asked yet
-  Buffer decode_workspace_;    // linear_decode.h
-  Scratch sample_scratch_;     // logits of tokens that bias or penalties change
-  Scratch norm_scratch_;       // partial sums of gradient norms
-  Scratch lora_scratch_;       // partial sums of ds, dA and dB
+  std::unordered_map<size_t, int> loss_clusters_;  // loss.cu: the same, by the bytes of shared memory of a block
+  Buffer decode_workspace_;                        // linear_decode.h
+  Scratch sample_scratch_;                         // logits of tokens that bias or penalties change
+  Scratch norm_scratch_;                           // partial sums of gradient norms
+  Scratch lora_scratch_;                           // partial sums of ds, dA and dB
   Scratch attention_scratch_;
   std::unique_ptr<AttentionPlans> attention_plans_;
   std::unique_ptr<FusedLinear> fused_linear_;

@@ -452,7 +452,7 @@ void launch_decode(TensorMaps& maps, TensorView x, TensorView w, DecodeArgs args
 struct Way {
   int m = 2, splits = 1, height = 256;
 };
-constexpr double kLeave = 6e3;  // for way_of(): what shares that are left cost, in bytes of W; 0 to 80e3: the same, measured
+constexpr double kLeave = 6e3;  // for way_of(): what shares that are left cost, in bytes of W; 0 to 30e3: the same, measured
 
 // Tile and shares of k: one wave of blocks, shares of at least eight stages, and then what costs a block least time by its bytes of
 // W and, from the L2, of x and of sums. A tile lies in one part of an adapter.

@@ -74,7 +74,7 @@ struct DecodeArgs {
   const void* bias;  // [n] or null
   int rows, n, k;    // n: columns of y
   int height;        // rows of W of a tile, a multiple of 16
-  int block;         // of them that one 64 of m has: less than 64 only of a pair
+  int block;         // of a pair: rows of gate, or of up, that one 64 of m has
   int tiles, splits;
   Equal pieces, s_rows, blocks;  // of k, rows of the batch, blocks of 16 columns of a tile: over the splits
   int stages, stage;             // of the ring, and the bytes of one

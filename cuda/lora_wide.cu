@@ -214,9 +214,9 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
   for (int t = 0; t < S::kStages - 1; ++t) load_ranks(t);
   if constexpr (kSum) {
     if (threadIdx.x == 0) {
-      init_arrival(arrivals);
-      init_arrival(arrivals + 8);
-      publish_arrivals();
+      barrier_init(arrivals, 1);
+      barrier_init(arrivals + 8, 1);
+      barrier_init_fence();
     }
     cluster_arrive();
   }
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kLoraThreads, Shape<NR, kSum>::kBlocks) wide_k
     // first step, that their arrival barriers are there).
     cluster_wait();
     const uint32_t arrival = arrivals + static_cast<uint32_t>(t % 2 * 8);
-    if (thread == 0) expect_arrival(arrival, S::kSharesBytes);
+    if (thread == 0) barrier_expect(arrival, S::kSharesBytes);
     const uint32_t to = shares + static_cast<uint32_t>(t % 2 * S::kSharesBytes +
                                                        (cluster_rank * S::kShareVectors + half * S::kShareVectors / 2 + lane) * 16);
 #pragma unroll

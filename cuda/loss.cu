@@ -40,7 +40,7 @@ struct Gradient {
   float slope, top, log2_sum;
   __device__ Gradient(const LossValue& value, const RowSum& sum)
       : slope(value.slope), top(sum.top), log2_sum(static_cast<float>(sum.log_sum * kLog2E)) {}
-  __device__ float operator()(float x) const { return -slope * exp2_below(fmaf(x - top, kLog2E, -log2_sum)); }
+  __device__ float operator()(float x) const { return -slope * power_of_2(fmaf(x - top, kLog2E, -log2_sum)); }
   __device__ float at_target(float x) const { return slope + (*this)(x); }
 };
 
@@ -169,8 +169,9 @@ void CudaOps::token_loss(TensorView logits, const LossRow* rows, TensorView dlog
     const auto* x = static_cast<const float*>(logits.data);
     auto* d = static_cast<T*>(dlogits.data);
     if (slices) {
-      const int most = clusters_at_once(loss_slices_kernel<T>, kVocabularySlices, kSliceThreads, shared);
-      const int64_t clusters = std::min<int64_t>(logits.rows, std::max(most, 1));
+      int& most = loss_clusters_[shared];
+      if (most == 0) most = std::max(clusters_at_once(loss_slices_kernel<T>, kVocabularySlices, kSliceThreads, shared), 1);
+      const int64_t clusters = std::min<int64_t>(logits.rows, most);
       Launch{dim3(static_cast<unsigned>(clusters * kVocabularySlices)), dim3(kSliceThreads), shared, stream(), kVocabularySlices}(
           loss_slices_kernel<T>, x, logits.ld, rows, d, dlogits.ld, logprob, loss, logits.rows, static_cast<int>(logits.cols));
     } else {

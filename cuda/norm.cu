@@ -25,7 +25,7 @@ struct MatrixDelta {
   __device__ Value at(int64_t row, int64_t c) const { return load_pack<T, N>(p + row * ld + c); }
 };
 struct SharesDelta {
-  using Value = Floats<8>;
+  using Value = Pack<float, 8>;
   static constexpr int held = 2;
   KShares of;
   __device__ bool any() const { return true; }
@@ -120,6 +120,14 @@ Launch row_launch(int64_t rows, int64_t vectors, cudaStream_t stream,
   return {dim3(static_cast<unsigned>(rows)), dim3(threads_for(vectors)), 0, stream, 1, where, true};
 }
 
+template <class T, int N, class Delta>
+void launch_norm(TensorView x, const Delta& delta, TensorView w, float eps, TensorView sum, TensorView y, cudaStream_t stream,
+                 std::source_location where = std::source_location::current()) {
+  row_launch(x.rows, x.cols / N, stream, where)(norm_kernel<T, N, Delta>, static_cast<const T*>(x.data), x.ld, delta,
+                                                static_cast<const T*>(w.data), eps, static_cast<T*>(sum.data), sum.ld,
+                                                static_cast<T*>(y.data), y.ld, x.cols);
+}
+
 }  // namespace
 
 void CudaOps::rms_norm(TensorView x, TensorView w, float eps, TensorView y) {
@@ -147,15 +155,11 @@ void CudaOps::norm_onto(TensorView x, TensorView delta, TensorView w, float eps,
   if (x.size() == 0) return;
   device_.use();
   dispatch_half(dtype_, [&]<class T>() {
-    const auto launch = [&]<int N>() {
-      row_launch(x.rows, x.cols / N, stream())(norm_kernel<T, N, MatrixDelta<T, N>>, static_cast<const T*>(x.data), x.ld,
-                                               MatrixDelta<T, N>{static_cast<const T*>(delta.data), delta.ld},
-                                               static_cast<const T*>(w.data), eps, static_cast<T*>(sum.data), sum.ld,
-                                               static_cast<T*>(y.data), y.ld, x.cols);
-    };
+    const auto matrix = [&]<int N>() { return MatrixDelta<T, N>{static_cast<const T*>(delta.data), delta.ld}; };
     const bool vectors =
         rows_of_vectors(x) && rows_of_vectors(delta) && rows_of_vectors(sum) && rows_of_vectors(y) && aligned16(w.data);
-    vectors ? launch.template operator()<8>() : launch.template operator()<1>();
+    if (vectors) launch_norm<T, 8>(x, matrix.template operator()<8>(), w, eps, sum, y, stream());
+    else launch_norm<T, 1>(x, matrix.template operator()<1>(), w, eps, sum, y, stream());
   });
 }
 
@@ -167,11 +171,7 @@ void CudaOps::linear_lora_add_rms_norm(TensorView x, TensorView w, TensorView bi
   const bool vectors = rows_of_vectors(residual) && rows_of_vectors(sum) && rows_of_vectors(z) && aligned16(norm.data);
   linear_lora_leaving(x, w, bias, linear, groups, s, y, vectors ? &shares : nullptr);
   if (shares.count == 0) return norm_onto(residual, y, norm, eps, sum, z);
-  dispatch_half(dtype_, [&]<class T>() {
-    row_launch(residual.rows, residual.cols / 8, stream())(
-        norm_kernel<T, 8, SharesDelta>, static_cast<const T*>(residual.data), residual.ld, SharesDelta{shares},
-        static_cast<const T*>(norm.data), eps, static_cast<T*>(sum.data), sum.ld, static_cast<T*>(z.data), z.ld, residual.cols);
-  });
+  dispatch_half(dtype_, [&]<class T>() { launch_norm<T, 8>(residual, SharesDelta{shares}, norm, eps, sum, z, stream()); });
 }
 
 void CudaOps::rms_norm_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx) {

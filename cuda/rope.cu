@@ -103,7 +103,7 @@ __global__ void rope_kernel(RopeArgs<T> a, int heads, int lanes) {
       if constexpr (!kShares) {
         return load_pack<T, N>(x + i);
       } else {
-        const Floats<N> sum = sum_of_shares<N>(a.shares, row, int64_t{head} * size + i);
+        const Pack<float, N> sum = sum_of_shares<N>(a.shares, row, int64_t{head} * size + i);
         Pack<T, N> out;
         for (int n = 0; n < N; ++n) out.v[n] = from_float<T>(sum.v[n]);
         return out;
@@ -258,9 +258,7 @@ void CudaOps::rope_table(const int32_t* positions, const float* inv_freq, float 
       rope_table_kernel, positions, inv_freq, attention_factor, static_cast<float*>(cos_sin.data), cos_sin.ld, cos_sin.rows, half);
 }
 
-void CudaOps::rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
-                   TensorView raw, const int32_t* kv_slots, KvLayer kv, const KvShape& kv_shape) {
-  const Rope of = {shape, cos_sin, q_norm, k_norm, eps, raw, kv_slots, kv, kv_shape};
+void CudaOps::rope(TensorView qkv, const Rope& of) {
   expect_rope("rope", qkv, of);
   rope_onto(qkv, of, {});
 }
@@ -318,6 +316,7 @@ void CudaOps::rope_onto(TensorView qkv, const Rope& of, const KShares& shares) {
                               shares};
     const bool values = pages || shares.count > 0;
     const int heads = shape.q_heads + shape.kv_heads * (values ? 2 : 1);
+    // Shares are asked for only where takes_vectors().
     if (shares.count > 0) launch_rope(args, heads, rope_kernel<T, 8, true>, rope_kernel<T, 8, true>, stream());
     else launch_rope(args, heads, rope_kernel<T, 8, false>, rope_kernel<T, 1, false>, stream());
   });

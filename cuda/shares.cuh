@@ -6,16 +6,11 @@
 
 namespace loquetier::cuda {
 
-template <int N>
-struct alignas(16) Floats {
-  float v[N];
-};
-
 // N neighbours of a row, whole vectors of four, in the order of the shares.
 template <int N>
-__device__ inline Floats<N> sum_of_shares(const KShares& of, int64_t row, int64_t column) {
+__device__ inline Pack<float, N> sum_of_shares(const KShares& of, int64_t row, int64_t column) {
   const float* from = of.sums + row * of.ld + column;
-  Floats<N> sum = {};
+  Pack<float, N> sum = {};
 #pragma unroll 4
   for (int share = 0; share < of.count; ++share, from += of.step) {
 #pragma unroll

@@ -11,18 +11,20 @@ namespace loquetier::cuda {
 
 // ---------------------------------------------------------------- barriers
 
-__device__ inline void barrier_init(uint64_t& barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+__device__ inline void barrier_init(uint32_t address, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(arrivals) : "memory");
 }
-// After the inits, by the thread that made them: the copy engine sees them too.
+__device__ inline void barrier_init(uint64_t& barrier, uint32_t arrivals) { barrier_init(shared_address(&barrier), arrivals); }
+// After the inits, by the thread that made them: the copy engine sees them too, and behind a cluster's barrier its other blocks.
 __device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ inline void barrier_arrive(uint64_t& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 // Arrives, and lets the phase end only when `bytes` have been copied.
-__device__ inline void barrier_expect(uint64_t& barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes) : "memory");
+__device__ inline void barrier_expect(uint32_t address, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
 }
+__device__ inline void barrier_expect(uint64_t& barrier, uint32_t bytes) { barrier_expect(shared_address(&barrier), bytes); }
 // Waits for the end of the phase of that parity.
 __device__ inline void barrier_wait(uint64_t& barrier, uint32_t parity) {
   asm volatile(

@@ -27,15 +27,8 @@ constexpr int kGroupColumns = kGroupVectors * kVectorStep;  // of a warp
 __host__ __device__ constexpr int64_t range_columns(int64_t cols) { return ceil_div(cols, kVocabularyWarps * 8) * 8; }
 __host__ __device__ constexpr int64_t slice_columns(int64_t cols) { return kSliceWarps * range_columns(cols); }
 
-// 2^x and e^x in the fewest instructions, for x <= 0: to two units of the last place, and |x| / 2^24 for the rounding of x log2(e).
-// Exact at 0, zero below 2^-126.
-constexpr float kLog2E = 1.44269504f;
-__device__ inline float exp2_below(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ inline float exp_below(float x) { return exp2_below(x * kLog2E); }
+// e^x in the fewest instructions, for x <= 0: to two units of the last place, and |x| / 2^24 for the rounding of x log2(e).
+__device__ inline float exp_below(float x) { return power_of_2(x * kLog2E); }
 
 // A lane's vectors that are loaded together, -infinity past the end of the row.
 using Group = Pack<float, 4>[kGroupVectors];

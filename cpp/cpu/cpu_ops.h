@@ -67,8 +67,7 @@ class CpuOps : public Ops {
   void rms_norm_and_backward(TensorView x, TensorView w, float eps, TensorView dy, TensorView dx, TensorView y) override;
 
   void rope_table(const int32_t* positions, const float* inv_freq, float attention_factor, TensorView cos_sin) override;
-  void rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
-            TensorView raw, const int32_t* kv_slots, KvLayer kv, const KvShape& kv_shape) override;
+  void rope(TensorView qkv, const Rope& rope) override;
   void rope_backward(TensorView dqkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm,
                      float eps, TensorView raw) override;
 

@@ -41,8 +41,11 @@ void CpuOps::rope_table(const int32_t* positions, const float* inv_freq, float a
   });
 }
 
-void CpuOps::rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
-                  TensorView raw, const int32_t* kv_slots, KvLayer kv, const KvShape& kv_shape) {
+void CpuOps::rope(TensorView qkv, const Rope& rope) {
+  const AttentionShape& shape = rope.shape;
+  const KvShape& kv_shape = rope.kv_shape;
+  const TensorView cos_sin = rope.cos_sin, q_norm = rope.q_norm, k_norm = rope.k_norm, raw = rope.raw;
+  const int32_t* const kv_slots = rope.kv_slots;
   check_rope("rope", qkv, shape, cos_sin, q_norm, k_norm);
   const int64_t d = shape.head_size, half = d / 2, q_heads = shape.q_heads, heads = q_heads + shape.kv_heads;
   if (!raw.empty()) {
@@ -67,15 +70,15 @@ void CpuOps::rope(TensorView qkv, const AttentionShape& shape, TensorView cos_si
         float* x = row + h * d;
         if (const float* w = norms[h >= q_heads]) {
           const double mean = kernels_.dot_double(x, x, d) / static_cast<double>(d);
-          kernels_.scale_by(static_cast<float>(1.0 / std::sqrt(mean + static_cast<double>(eps))), x, w, x, d);
+          kernels_.scale_by(static_cast<float>(1.0 / std::sqrt(mean + static_cast<double>(rope.eps))), x, w, x, d);
         }
         kernels_.rotate(cos, cos + half, x, x + half, half);
       }
       if (kv_slots && kv_slots[t] >= 0) {
         const int64_t slot = int64_t{kv_slots[t]} * kv_width;
         const size_t bytes = static_cast<size_t>(kv_width) * sizeof(float);
-        std::memcpy(static_cast<float*>(kv.k) + slot, row + q_heads * d, bytes);
-        std::memcpy(static_cast<float*>(kv.v) + slot, row + heads * d, bytes);
+        std::memcpy(static_cast<float*>(rope.kv.k) + slot, row + q_heads * d, bytes);
+        std::memcpy(static_cast<float*>(rope.kv.v) + slot, row + heads * d, bytes);
       }
     }
   });

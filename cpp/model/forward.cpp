@@ -56,7 +56,7 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
     ops.linear_lora_rope(norm, weights.qkv[0].w, weights.qkv[0].bias, lora(Site::qkv), groups, keep.s[0], keep.qkv, rope);
   } else {
     adapted_linear(ops, weights.qkv, lora(Site::qkv), groups, norm, keep.s[0], keep.qkv);
-    ops.rope(keep.qkv, shape, rope.cos_sin, rope.q_norm, rope.k_norm, eps, rope.raw, rope.kv_slots, kv, kv_shape);
+    ops.rope(keep.qkv, rope);
   }
 
   const TensorView q = keep.qkv.slice_cols(0, q_cols);

@@ -310,7 +310,7 @@ class Ops {
   virtual void linear_lora_rope(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
                                 TensorView s, TensorView qkv, const Rope& rope) {
     linear_lora(x, w, bias, linear, groups, s, qkv);
-    this->rope(qkv, rope.shape, rope.cos_sin, rope.q_norm, rope.k_norm, rope.eps, rope.raw, rope.kv_slots, rope.kv, rope.kv_shape);
+    this->rope(qkv, rope);
   }
   // ds[:, r0:r0+R] = scale * dy[:, part] B.                   dy [T, sum out] C; ds [T, >= max_rank] C
   virtual void lora_backward_s(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView ds) = 0;
@@ -352,8 +352,7 @@ class Ops {
   // (half-split, Su et al. 2021: first half with second half). Rows whose kv_slots >= 0 write k and v to slot = page * P + offset;
   // kv_slots null: no row writes.
   // raw [n, (Q + K) D] C or empty: q and k before the norm of the first n rows, kept for backward.
-  virtual void rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm,
-                    float eps, TensorView raw, const int32_t* kv_slots, KvLayer kv, const KvShape& kv_shape) = 0;
+  virtual void rope(TensorView qkv, const Rope& rope) = 0;
   // The gradient of rope() on the q and k columns of dqkv [T, (Q + 2K) D] C, in place. raw as kept (empty without q/k norm).
   virtual void rope_backward(TensorView dqkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm,
                              float eps, TensorView raw) = 0;
@@ -382,8 +381,7 @@ class Ops {
   // still is at hand. Both are outputs with `keep`; without it gate_up is scratch.
   // x [T, in] C; w [2F, in] C; s [T, >= max_rank] C; gate_up [T, 2F] C; h [T, F] C
   virtual void linear_lora_swiglu(TensorView x, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView s,
-                                  TensorView gate_up, TensorView h, bool keep) {
-    static_cast<void>(keep);
+                                  TensorView gate_up, TensorView h, [[maybe_unused]] bool keep) {
     if (any_lora(groups)) linear_lora(x, w, {}, linear, groups, s, gate_up);
     else this->linear(x, w, {}, gate_up);
     swiglu(gate_up, h);

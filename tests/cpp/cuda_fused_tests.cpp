@@ -381,8 +381,7 @@ TEST(linear_lora_rope_against_its_parts) {
             };
             rig.ops().linear_lora_rope(dx, dw, dbias, lora.linear, lora.groups, s, qkv, rope_to(pages, raw));
             rig.ops().linear_lora(dx, dw, dbias, lora.linear, lora.groups, s, qkv2);
-            const Rope r = rope_to(pages2, raw2);
-            rig.ops().rope(qkv2, r.shape, r.cos_sin, r.q_norm, r.k_norm, r.eps, r.raw, r.kv_slots, r.kv, r.kv_shape);
+            rig.ops().rope(qkv2, rope_to(pages2, raw2));
             expect("linear_lora_rope", qkv.get(), qkv2.get(), rig.bound(1e-6));
             expect("linear_lora_rope raw", raw.get(), raw2.get(), rig.bound(1e-6));
             expect("linear_lora_rope pages", pages.get(), pages2.get(), rig.bound(1e-6));

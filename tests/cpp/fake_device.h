@@ -222,10 +222,7 @@ class FakeOps : public Ops {
   void rms_norm_backward(TensorView, TensorView, float, TensorView, TensorView) override { none(); }
   void rms_norm_and_backward(TensorView, TensorView, float, TensorView, TensorView, TensorView) override { none(); }
   void rope_table(const int32_t*, const float*, float, TensorView) override { none(); }
-  void rope(TensorView, const AttentionShape&, TensorView, TensorView, TensorView, float, TensorView, const int32_t*, KvLayer,
-            const KvShape&) override {
-    none();
-  }
+  void rope(TensorView, const Rope&) override { none(); }
   void rope_backward(TensorView, const AttentionShape&, TensorView, TensorView, TensorView, float, TensorView) override { none(); }
   void attention_paged(TensorView, KvLayer, const KvShape&, const PagedBatch&, const AttentionShape&, TensorView) override {
     none();

@@ -91,9 +91,8 @@ class HostedOps : public Ops {
   void rope_table(const int32_t* positions, const float* inv_freq, float factor, TensorView cos_sin) override {
     run([=, this] { cpu_->rope_table(positions, inv_freq, factor, cos_sin); });
   }
-  void rope(TensorView qkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm, float eps,
-            TensorView raw, const int32_t* kv_slots, KvLayer kv, const KvShape& kv_shape) override {
-    run([=, this] { cpu_->rope(qkv, shape, cos_sin, q_norm, k_norm, eps, raw, kv_slots, kv, kv_shape); });
+  void rope(TensorView qkv, const Rope& rope) override {
+    run([=, this] { cpu_->rope(qkv, rope); });
   }
   void rope_backward(TensorView dqkv, const AttentionShape& shape, TensorView cos_sin, TensorView q_norm, TensorView k_norm,
                      float eps, TensorView raw) override {
