@@ -64,7 +64,7 @@ struct Order {
 // One warp fetches: a lane W and x, all of them B.
 template <bool kLora, bool kPair, int kM, int kRows>
 __device__ inline void fetch_stages(const CUtensorMap& w_map, const CUtensorMap& x_map, const DecodeArgs& a, const Share& share,
-                                    Adapters& all, Ring<kPair>& ring) {
+                                    Adapters& all, Ring& ring) {
   using S = Tiling<kM, kRows>;
   const int pieces = share.pieces(), lane = static_cast<int>(threadIdx.x) % kWarp;
   const auto wait_empty = [&](const Cursor& c) {
@@ -121,7 +121,8 @@ __device__ inline void fetch_stages(const CUtensorMap& w_map, const CUtensorMap&
   at.place = __shfl_sync(0xffffffffu, at.place, 0);
   at.round = __shfl_sync(0xffffffffu, at.round, 0);
   for (int tile = share.first; tile < a.tiles;) {
-    if constexpr (kLora) fetch_b<kPair>(all, part_of<kPair>(a.lora.call, tile, a.height), a.height, share.from, share.to, ring, at);
+    if constexpr (kLora)
+      fetch_b<kPair>(all, part_of<kPair>(a.lora.call, tile, a.height), a.height, share.from, share.to, S::s_stride, ring, at);
     tile += share.step;
     if (tile >= a.tiles) return;
 #pragma unroll 1
@@ -138,7 +139,7 @@ __device__ inline void fetch_stages(const CUtensorMap& w_map, const CUtensorMap&
 // The warps beside it: a list of the adapters, the pieces of A (a warp takes every third, 16 bytes a lane: bulk copies of rows as
 // short as these are issued one lane at a time, and measured three times slower), and s of every tile's part.
 template <class T, bool kPair, int kM, int kRows>
-__device__ inline void help(const DecodeArgs& a, const Share& share, Adapters& all, Ring<kPair>& ring, uint32_t staging) {
+__device__ inline void help(const DecodeArgs& a, const Share& share, Adapters& all, Ring& ring, uint32_t staging) {
   using S = Tiling<kM, kRows>;
   const int thread = static_cast<int>(threadIdx.x) - kBaseThreads, warp = thread / kWarp;
   list_adapters(a.lora.call, all, thread);
@@ -182,7 +183,7 @@ __device__ inline void help(const DecodeArgs& a, const Share& share, Adapters& a
   for (int tile = share.first; tile < a.tiles; tile += share.step) {
     named_barrier(kStagingFree, kConsumers + kHelpers);
     const TilePart part = part_of<kPair>(a.lora.call, tile, a.height);
-    add_up_s<T, kPair>(a.lora, all, own, part.part, share.from, share.to, part.column == 0, staging, S::s_stride);
+    add_up_s<T, kPair>(a.lora, all, own, part.part, share.from, share.to, part.column == 0, staging, S::s_stride, S::zeros);
     named_barrier_arrive(kSumsReady, kConsumers + kHelpers);
   }
 }
@@ -201,8 +202,7 @@ struct Shrink {
     task_left = (task + 1) * pieces - own.first;
   }
 
-  template <bool kPair>
-  __device__ void add(const DecodeArgs& a, const Adapters& all, Ring<kPair>& ring, Cursor& at, float* scratch) {
+  __device__ void add(const DecodeArgs& a, const Adapters& all, Ring& ring, Cursor& at, float* scratch) {
     const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
     ring.wait_full(at);
     shrink_add<T, kConsumerWarps>(ring.address(at), warp, sum);
@@ -234,22 +234,21 @@ struct Shrink {
 
 // Adds the adapters' part of a tile to the sums of W's product.
 template <class T, bool kPair, int kM, int kRows>
-__device__ inline void expand(Ring<kPair>& ring, Cursor& at, int block, uint32_t s, float (&sum)[kM][kRows / 2]) {
+__device__ inline void expand(Ring& ring, Cursor& at, int block, uint32_t s, float (&sum)[kM][kRows / 2]) {
   using S = Tiling<kM, kRows>;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   int w_row[kM];
 #pragma unroll
   for (int m = 0; m < kM; ++m) w_row[m] = kPair ? warp / 4 * block + warp % 4 * 16 : ((warp / 4 * kM + m) * 4 + warp % 4) * 16;
-  Expand<T, kPair, kM, kRows> warps;
+  Expand<T, kPair, kM, kRows> warps(s, S::s_stride, S::zeros, w_row);
 #pragma unroll 1
   for (bool last = false; !last; ring.next(at)) {
     ring.wait_full(at);
     const auto& stage = ring.expand[at.place];
-    warps.add(stage, ring.address(at), w_row, s, S::s_stride, sum);
+    warps.add(stage, ring.address(at), sum);
     last = stage.last;
     ring.release(at.place);
   }
-  warps.flush(sum);
 }
 
 // ---------------------------------------------------------------- the kernel
@@ -260,7 +259,7 @@ __global__ void __launch_bounds__(kLora ? kAllThreads : kBaseThreads, 1)
                   const __grid_constant__ DecodeArgs a) {
   using S = Tiling<kM, kRows>;
   extern __shared__ std::byte raw[];
-  __shared__ Ring<kPair> ring;
+  __shared__ Ring ring;
   alignas(16) __shared__ std::byte adapters[kLora ? sizeof(Adapters) : 16];
   Adapters& all = *reinterpret_cast<Adapters*>(adapters);
   const uint32_t stages = (shared_address(raw) + 1023) / 1024 * 1024, staging = stages + static_cast<uint32_t>(a.stages * a.stage);

@@ -6,9 +6,10 @@
 // until the mark is there, and adds up in the order of the blocks.
 //
 // Expand, y += scale s B^T. A tile's rows of an adapter's B are adjacent in memory; a stage holds the rows of several adapters, or
-// a share of one's when its rank is large. The splits of a tile share out the rows of the batch. The products go to registers of
-// their own and are added to the rows of the group alone: what is not finite stays in its rows. A tile of gate and up together
-// ("pair") needs both parts of an adapter: an item then has the rows of either B, and its s is that of both side by side.
+// a share of one's when its rank is large. The splits of a tile share out the rows of the batch. s has its scale in it when it is
+// rounded. Products are of 8 rows of the batch, and are added to the rows of the group alone: what is not finite stays in its rows.
+// A tile of gate and up together ("pair") needs both parts of an adapter: an item then has the rows of either B, and its s is that
+// of both side by side.
 #pragma once
 
 #include <cstddef>
@@ -252,12 +253,14 @@ __device__ inline TilePart part_of(const LoraCall& call, int tile, int height) {
   return {part, column, min(height, static_cast<int>(call.out[part]) - column)};
 }
 
-// s of one part, or of both, for the rows [from, to) into shared memory, `stride` bytes a row, as soon as the blocks that have
-// shares of it have laid them down; and to a.s when this block is to write it. By the helpers.
+// scale s of one part, or of both, for the rows [from, to) into shared memory, `stride` bytes a row, as soon as the blocks that
+// have shares of it have laid them down; and s to a.s when this block is to write it. 16 bytes of zeros lie at `zeros` of row 0. By
+// the helpers.
 template <class T, bool kPair>
 __device__ inline void add_up_s(const AdapterArgs& a, const Adapters& all, const ShrinkShares& shares, int part, int from, int to,
-                                bool write, uint32_t s, int stride) {
+                                bool write, uint32_t s, int stride, int zeros) {
   const int thread = static_cast<int>(threadIdx.x) % kHelpers;
+  if (thread < 2) store_shared8(s + static_cast<uint32_t>(zeros + 8 * thread), {0, 0});
 #pragma unroll 1
   for (int row = from + thread / 4; row < to; row += kHelpers / 4) {
     const int of = all.owner[row];
@@ -298,43 +301,37 @@ __device__ inline void add_up_s(const AdapterArgs& a, const Adapters& all, const
             total[2 * half + 1] += __uint_as_float(static_cast<uint32_t>(v[i][half].y));
           }
       }
-      const uint2 packed = {pack2<T>(total[0], total[1]), pack2<T>(total[2], total[3])};
-      store_shared8(s + static_cast<uint32_t>(row * stride + r * 2), packed);
-      if (write) *reinterpret_cast<uint2*>(static_cast<T*>(a.s) + row * a.ld_s + column) = packed;
+      const float by = group.site.part[kPair && r >= group.site.part[0].rank ? 1 : part].scale;
+      store_shared8(s + static_cast<uint32_t>(row * stride + r * 2),
+                    {pack2<T>(by * total[0], by * total[1]), pack2<T>(by * total[2], by * total[3])});
+      if (write)
+        *reinterpret_cast<uint2*>(static_cast<T*>(a.s) + row * a.ld_s + column) = {pack2<T>(total[0], total[1]),
+                                                                                   pack2<T>(total[2], total[3])};
     }
   }
 }
 
 // Rows of one group's B in a stage, times s of those of its rows that lie in one block of 8.
 struct alignas(16) ExpandItem {
-  float scale;
   uint32_t place;  // in the stage, in bytes
-  int16_t rank;
-  int16_t w_row;        // of the tile, the first one
-  int16_t w_rows;       // the place has room for
-  uint8_t block, mask;  // of 8 rows of the batch, and which of them
+  uint32_t more;   // of the tile: the first row, and above it how many the place has room for; of a pair: the place of up's B
+  uint32_t ranks;  // of a pair: gate's (all of its rows are in the stage), and above it up's
+  uint32_t rows;   // which of the block's, and above it the block's place in s, in bytes
 };
-// Of a pair, these are gate's (all of its rows in the tile); up's B lies behind.
-struct ExpandPair : ExpandItem {
-  float up_scale;
-  uint32_t up_place;
-  int16_t up_rank;
-};
-constexpr int kMostUnits = 8;  // groups in a stage
-// Each has an item, and one more for every block of 8 rows, of 8 in all, that it reaches into.
-constexpr int kMostItems = kMostUnits + static_cast<int>(kMaxDecodeRows) / 8;
-template <bool kPair>
+constexpr int kMostUnits = 8, kMostBlocks = static_cast<int>(kMaxDecodeRows) / 8;  // groups in a stage, blocks of 8 rows
+// Each has an item, and one more for every block that it reaches into.
+constexpr int kMostItems = kMostUnits + kMostBlocks;
 struct ExpandStage {
-  using Item = std::conditional_t<kPair, ExpandPair, ExpandItem>;
-  Item items[kMostItems];
-  int count;
-  bool last;  // of the tile; it may have no item
+  ExpandItem items[kMostItems + 2];  // in the order of their rows; two behind the last one may be read, and not used
+  int end[kMostBlocks];              // behind the items of a block, or 0
+  bool last;                         // of the tile; it may have no item
 };
 
 // The rows of B that a tile needs for rows [from, to) of the batch, in units that fit a stage, into the stages from `at` on. By one
 // warp: a lane finds its group, then its unit, and the units of a stage are asked for together. Of a pair every unit is whole.
 template <bool kPair, class Ring, class Cursor>
-__device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int height, int from, int to, Ring& ring, Cursor& at) {
+__device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int height, int from, int to, int s_stride, Ring& ring,
+                               Cursor& at) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   int first_group = 0, groups = 0;  // the first one with rows here, and behind the last one
@@ -375,26 +372,22 @@ __device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int he
       }
       const int rows = mine ? min(w_rows, tile.rows - begin) : 0, size = rows * row_bytes, up_size = rows * up_bytes,
                 copied = static_cast<int>(__reduce_add_sync(kAll, size + up_size));
-      const int items_here = static_cast<int>(__reduce_add_sync(kAll, mine ? items : 0));
       ring.wait_empty(at);
       async_fence();  // a piece of A may have been there
-      auto& stage = ring.expand[at.place];
+      ExpandStage& stage = ring.expand[at.place];
+      if (lane < kMostBlocks) stage.end[lane] = 0;
+      __syncwarp();
       if (mine && real) {
         const auto place = static_cast<uint32_t>(whole == 0 ? 0 : bytes_end - bytes - before),
                    up_place = place + static_cast<uint32_t>(height / 2 * row_bytes);
-        auto* item = stage.items + (items_end - items - items_before);
+        int item = items_end - items - items_before;
 #pragma unroll 1
         for (int block = row / 8; block * 8 < row_end; ++block) {
           const int low = max(row - 8 * block, 0), high = min(row_end - 8 * block, 8);
-          const ExpandItem plain = {matrix.scale,
-                                    place,
-                                    static_cast<int16_t>(matrix.rank),
-                                    static_cast<int16_t>(begin),
-                                    static_cast<int16_t>(w_rows),
-                                    static_cast<uint8_t>(block),
-                                    static_cast<uint8_t>((1 << high) - (1 << low))};
-          if constexpr (kPair) *item++ = {plain, up.scale, up_place, static_cast<int16_t>(up.rank)};
-          else *item++ = plain;
+          stage.items[item++] = {place, kPair ? up_place : static_cast<uint32_t>(begin | w_rows << 16),
+                                 static_cast<uint32_t>(matrix.rank | (kPair ? up.rank << 16 : 0)),
+                                 (1u << high) - (1u << low) | static_cast<uint32_t>(8 * block * s_stride) << 8};
+          atomicMax(&stage.end[block], item);
         }
         if (!kPair || size > 0)
           bulk_load(ring.address(at) + place, b + int64_t{begin} * row_bytes, static_cast<uint32_t>(size), ring.full[at.place],
@@ -406,10 +399,7 @@ __device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int he
       begin = whole > 0 ? 0 : begin + __shfl_sync(kAll, w_rows, done);
       if (begin >= tile.rows) begin = 0;
       done += whole > 0 ? whole : begin == 0 ? 1 : 0;
-      if (lane == 0) {
-        stage.count = items_here;
-        stage.last = base + kWarp >= groups && done >= here;
-      }
+      if (lane == 0) stage.last = base + kWarp >= groups && done >= here;
       __syncwarp();
       if (lane == 0) barrier_expect(ring.full[at.place], static_cast<uint32_t>(copied));
       ring.next(at);
@@ -417,129 +407,107 @@ __device__ inline void fetch_b(const Adapters& all, const TilePart& tile, int he
   }
 }
 
-// The expand of a warp: products go to registers of their own, and from there to the sums of W's product whenever the block of 8
-// rows of the batch changes (the items are in the order of their rows). Those sums lie as the sums of m16n8k16 do: of block j,
-// sum[m][4 j .. 4 j + 3]. What takes time is the instructions (without them 64 adapters took 25 us a layer less, without the bytes
-// of B 2 us, when there were twice as many), so what an item needs is worked out by the warp that fetches.
+// The expand of a warp, onto the sums of W's product. Those lie as the sums of m16n8k16 do: of block j, sum[m][4 j .. 4 j + 3]; so
+// the blocks are gone through in code, one after the other. A step is 16 columns of an item's rank. What takes time is what the
+// warps issue and wait for, not the bytes and not the instruction cache (measured): what an item needs is worked out by the warp
+// that fetches, a step's addresses while the one before waits for its fragments, and what a step does not have is read as zeros.
 template <class T, bool kPair, int kM, int kRows>
-struct Expand {
-  float more[kM][4] = {};
-  int block = 0;
-
-  // All items of a stage. The rows of W of fragment m begin at w_row[m] of the tile; of a pair fragment 0 is of gate, 1 of up, both
-  // from row w_row[m] of their half.
-  __device__ void add(const ExpandStage<kPair>& of, uint32_t stage, const int (&w_row)[kM], uint32_t s, int s_stride,
-                      float (&sum)[kM][kRows / 2]) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4, count = of.count;
-    if (count == 0) return;
-    const uint32_t s_lane = s + static_cast<uint32_t>(g * s_stride);
-    // An item's fragments are asked for while the one before is multiplied.
-    Item item = place(of, 0, stage, w_row, s_lane, s_stride, g, q);
-    Fragments first = load(item, 4 * q);
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      const Item next = place(of, min(i + 1, count - 1), stage, w_row, s_lane, s_stride, g, q);
-      const Fragments next_first = load(next, 4 * q);
-      const int most = kPair ? max(item.factor[0].rank, item.factor[kM - 1].rank) : item.factor[0].rank;
-      float c[kM][4] = {};
-      add_product(first, c);
-#pragma unroll 1
-      for (int r = 4 * q + 16; r - 4 * q < most; r += 16) add_product(load(item, r), c);
-      if (item.block != block) flush(sum);
-      block = item.block;
+class Expand {
+ public:
+  // Rows of s and the zeros, as add_up_s() leaves them; w_row: where the rows of W of fragment m begin in the tile; of a pair
+  // fragment 0 is of gate, 1 of up, in their half.
+  __device__ Expand(uint32_t s, int s_stride, int zeros, const int (&w_row)[kM]) : zeros_(s + static_cast<uint32_t>(zeros)) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    s_lane_ = s + static_cast<uint32_t>(lane / 4 * s_stride);
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        const Factor& f = item.factor[m];
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          if ((f.mask >> odd & 1) == 0) continue;
-          more[m][odd] += f.scale * c[m][odd];
-          more[m][2 + odd] += f.scale * c[m][2 + odd];
-        }
-      }
-      item = next;
-      first = next_first;
-    }
+    for (int m = 0; m < kM; ++m) w_row_[m] = w_row[m];
   }
 
-  __device__ void flush(float (&sum)[kM][kRows / 2]) {
-    flush_block(sum, std::make_integer_sequence<int, kRows / 8>());
+  // All items of a stage.
+  __device__ void add(const ExpandStage& of, uint32_t stage, float (&sum)[kM][kRows / 2]) {
+    item_ = 0;
+    from_ = shared_address(of.items);
+    coming_ = load_shared16(from_);
+    int end[kRows / 8];
 #pragma unroll
-    for (auto& part : more)
-      for (float& v : part) v = 0;
-  }
-  // No index: sum would become an array in memory.
-  template <int... kBlocks>
-  __device__ void flush_block(float (&sum)[kM][kRows / 2], std::integer_sequence<int, kBlocks...>) {
-    ((kBlocks == block ? flush_one<kBlocks>(sum) : void()), ...);
-  }
-  template <int kBlock>
-  __device__ void flush_one(float (&sum)[kM][kRows / 2]) {
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[m][4 * kBlock + e] += more[m][e];
-    }
+    for (int i = 0; i < kRows / 8; ++i) end[i] = of.end[i];
+    begin_item(stage);
+    add_blocks(end, stage, sum, std::make_integer_sequence<int, kRows / 8>());
   }
 
  private:
-  // What a fragment's product needs: this lane's row of B and of s, and which of its two rows of the batch it is for.
-  struct Factor {
-    int rank;
-    float scale;
-    uint32_t b, s, mask;
-    __device__ uint32_t row_bytes() const { return static_cast<uint32_t>(rank) * 2; }
-  };
-  struct Item {
-    Factor factor[kM];
-    int block;
-  };
-  struct Fragments {
-    uint2 n[kM], low[kM], high[kM];
-  };
+  // No index: sum would become an array in memory.
+  template <int... kBlocks>
+  __device__ void add_blocks(const int (&end)[kRows / 8], uint32_t stage, float (&sum)[kM][kRows / 2],
+                             std::integer_sequence<int, kBlocks...>) {
+    (add_block<kBlocks>(end[kBlocks], stage, sum), ...);
+  }
 
-  __device__ static Item place(const ExpandStage<kPair>& of, int i, uint32_t stage, const int (&w_row)[kM], uint32_t s_lane,
-                               int s_stride, int g, int q) {
-    const auto item = of.items[i];
-    const uint32_t s_row = s_lane + item.block * static_cast<uint32_t>(8 * s_stride);
-    Item to;
-    to.block = item.block;
+  template <int kBlock>
+  __device__ void add_block(int end, uint32_t stage, float (&sum)[kM][kRows / 2]) {
+#pragma unroll 1
+    while (item_ < end) {
+      uint2 low[kM], high[kM], n[kM];  // rows of B, the lane's and the one 8 behind it, and its row of s: four columns
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      Factor& f = to.factor[m];
-      if constexpr (kPair) {
-        f = m == 0 ? Factor{item.rank, item.scale, stage + item.place, s_row, item.mask}
-                   : Factor{item.up_rank, item.up_scale, stage + item.up_place, s_row + item.rank * 2u, item.mask};
-        f.b += static_cast<uint32_t>(w_row[m] + g) * f.row_bytes();
-        if (f.rank == 0) f.mask = 0;
-      } else {
-        const int row = w_row[m] - item.w_row;
-        const bool real = static_cast<unsigned>(row) < static_cast<unsigned>(item.w_rows);
-        f = {item.rank, item.scale, stage + item.place, s_row, real ? item.mask : 0u};
-        f.b += static_cast<uint32_t>((real ? row : 0) + g) * f.row_bytes();  // not real: anything of the stage
+      for (int m = 0; m < kM; ++m) {
+        const uint32_t b = b_[m] + static_cast<uint32_t>(min(column_, b_last_[m])) * 2;
+        low[m] = load_shared8(b);
+        high[m] = load_shared8(b + b_high_[m]);
+        if (kPair || m == 0) n[m] = load_shared8(column_ < s_end_[m] ? s_[m] + static_cast<uint32_t>(column_) * 2 : zeros_);
       }
-      f.mask >>= 2 * q;
+      const bool even = mine_ & 1, odd = mine_ & 2;
+      column_ += 16;
+      if (column_ >= end_) {
+        ++item_;
+        begin_item(stage);  // behind the last one: of anything
+      }
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        const uint2 of_s = n[kPair ? m : 0];
+        float c[4] = {};
+        multiply<T>(c, low[m].x, high[m].x, low[m].y, high[m].y, of_s.x, of_s.y);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (e % 2 == 0 ? even : odd) sum[m][4 * kBlock + e] += c[e];
+      }
     }
-    return to;
   }
-  // Columns [r, r + 4) of the rank, zeros behind it.
-  __device__ static Fragments load(const Item& item, int r) {
-    Fragments to;
+
+  __device__ void begin_item(uint32_t stage) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
+    const auto [place, more, ranks, rows] = coming_;
+    from_ += sizeof(ExpandItem);
+    coming_ = load_shared16(from_);
+    mine_ = rows >> 2 * q & 3;
+    column_ = end_ = 4 * q;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      const Factor& f = item.factor[m];
-      const uint32_t k = static_cast<uint32_t>(max(min(r, f.rank - 4), 0)) * 2;
-      to.n[m] = kPair || m == 0 ? load_shared8(f.s + k) : to.n[0];
-      to.low[m] = load_shared8(f.b + k);
-      to.high[m] = load_shared8(f.b + k + 8 * f.row_bytes());
-      if (r >= f.rank) to.n[m] = {0, 0};
+      int w = w_row_[m];
+      const int rank = static_cast<int>(kPair && m > 0 ? ranks >> 16 : ranks & 0xffff);
+      bool real = rank > 0;
+      if constexpr (!kPair) {
+        w -= static_cast<int>(more & 0xffff);
+        real = static_cast<unsigned>(w) < more >> 16;
+      }
+      end_ = max(end_, rank + 4 * q);
+      b_[m] = real ? stage + (kPair && m > 0 ? more : place) + static_cast<uint32_t>((w + g) * rank) * 2 : zeros_;
+      b_high_[m] = real ? static_cast<uint32_t>(rank) * 16 : 0;
+      b_last_[m] = real ? rank - 4 : 0;
+      s_[m] = s_lane_ + (rows >> 8) + (kPair && m > 0 ? (ranks & 0xffff) * 2 : 0);
+      s_end_[m] = rank;
     }
-    return to;
   }
-  __device__ static void add_product(const Fragments& of, float (&c)[kM][4]) {
-#pragma unroll
-    for (int m = 0; m < kM; ++m) multiply<T>(c[m], of.low[m].x, of.high[m].x, of.low[m].y, of.high[m].y, of.n[m].x, of.n[m].y);
-  }
+
+  uint32_t zeros_, s_lane_;
+  int w_row_[kM];
+  // Of the coming step: its item and the lane's column; the item's rows of B and of s that are the lane's (what is not there is
+  // zeros), and where their columns end.
+  int item_, column_, end_;
+  uint32_t mine_;  // which of the two rows of the batch that the lane has sums of are the item's
+  uint32_t b_[kM], b_high_[kM], s_[kM];
+  int b_last_[kM], s_end_[kM];
+  uint4 coming_;  // the item behind it, and where that came from
+  uint32_t from_;
 };
 
 }  // namespace loquetier::cuda

@@ -30,8 +30,8 @@ struct Tiling {
   static constexpr int stride = 64 * kM * 2 + 16;  // bytes of a row of y of one group; 16 keep rows off each other's banks
   static constexpr int staging = kGroups * kRows * stride;
   // s in the place of y's staging, before it; the stride keeps the 8 bytes of 16 lanes off each other's banks.
-  static constexpr int s_stride = kGroups * stride, max_rank = 128 * kM;
-  static_assert(max_rank * 2 <= s_stride);
+  static constexpr int s_stride = kGroups * stride, max_rank = 128 * kM, zeros = max_rank * 2;
+  static_assert(zeros + 16 <= s_stride);
   static_assert(kConsumerWarps * kTaskSums * sizeof(float) <= staging);
 };
 
@@ -42,10 +42,9 @@ struct Cursor {
 };
 
 // Stages and their barriers. Stage i, counted from the start of the block, lies at place i % count.
-template <bool kPair>
 struct Ring {
   uint64_t full[kMostStages], empty[kMostStages];
-  ExpandStage<kPair> expand[kMostStages];
+  ExpandStage expand[kMostStages];
   uint64_t sums;  // arrival barrier
   uint32_t stages;
   int bytes, count;

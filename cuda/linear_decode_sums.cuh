@@ -17,7 +17,7 @@ __device__ inline uint64_t full_ticket(const DecodeArgs& a, const Share& share) 
 // Lays down the block's sums, and brings those of its part from all shares of k to shared memory: split after split, `bytes` each.
 template <int kM, int kRows>
 __device__ inline void exchange_sums(const DecodeArgs& a, const Share& share, const float (&sum)[kM][kRows / 2], uint64_t full,
-                                     Ring<false>& ring, int first_block, uint32_t bytes) {
+                                     Ring& ring, int first_block, uint32_t bytes) {
   constexpr int kRowBlocks = kRows / 8, kBlockSums = kRowBlocks * kWarp, kTileSums = 8 * kM * kBlockSums;  // in fours
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   float4* tile = a.sums + int64_t{share.first} * a.splits * kTileSums;
@@ -49,7 +49,7 @@ __device__ inline void exchange_sums(const DecodeArgs& a, const Share& share, co
 // The meeting: y of the blocks of 16 columns that this block adds up, of those in the tile.
 template <class T, int kM, int kRows>
 __device__ inline void add_up_sums(const DecodeArgs& a, const Share& share, const float (&sum)[kM][kRows / 2], uint64_t full,
-                                   Ring<false>& ring) {
+                                   Ring& ring) {
   constexpr int kRowBlocks = kRows / 8;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int first = a.blocks.begin(share.split), items = (a.blocks.begin(share.split + 1) - first) * kRowBlocks;
