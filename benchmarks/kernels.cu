@@ -3,187 +3,33 @@
 //   kernels [rank]                 prints tables and, as its last line, JSON
 //   kernels attention              the first of them alone
 //   kernels rank rows[+decodes] ...  the products at these numbers of rows, and a layer with one adapter; the decodes have eight
+// Built and run as bench.cuh says.
 // Method: CUDA graphs of several layers with weights of their own (so the L2 is cold), one without and one with adapters, replayed
 // in turn; the LoRA figure is the difference of the medians. Ceilings (copy bandwidth, a large product) are measured in the same
 // run. Data is random. "filled": the way of linear_lora that large batches take when base and LoRA cannot be one product; "1 GEMM":
 // the kernel of that one product without adapters, less the base products.
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
-#include <memory>
 #include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "cuda_ops.h"
-#include "ops/ops.h"
-
-extern "C" loquetier::Ops* loquetier_make_cuda_ops(int device, int compute_dtype, int deterministic);
+#include "bench.cuh"
 
 using namespace loquetier;
+using namespace loquetier::bench;
 
 namespace {
-
-void must(bool ran) {
-  if (!ran) {
-    std::printf("the fused product declined a shape of the benchmark\n");
-    std::exit(1);
-  }
-}
-void must(cudaError_t status) {
-  if (status != cudaSuccess) {
-    std::printf("CUDA error: %s\n", cudaGetErrorString(status));
-    std::exit(1);
-  }
-}
-
-__global__ void fill_kernel(__nv_bfloat16* p, int64_t n, uint64_t seed, float scale) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n; i += int64_t{gridDim.x} * blockDim.x) {
-    uint64_t z = (static_cast<uint64_t>(i) + seed) * 0x9E3779B97F4A7C15u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    z ^= z >> 31;
-    const float sum =
-        static_cast<float>((z & 0xffff) + (z >> 16 & 0xffff) + (z >> 32 & 0xffff) + (z >> 48)) / 65536.0f - 2.0f;  // near normal
-    p[i] = __float2bfloat16(sum * scale);
-  }
-}
-
-class Bench {
- public:
-  explicit Bench(std::unique_ptr<Ops> backend) : ops(std::move(backend)) {
-    stream = static_cast<cuda::CudaDevice&>(ops->device()).stream();
-  }
-  TensorView random(int64_t rows, int64_t cols, float scale = 1) {
-    buffers.emplace_back(ops->device(), static_cast<size_t>(rows * cols) * 2);
-    const TensorView t = matrix(buffers.back().data(), DType::bf16, rows, cols);
-    fill_kernel<<<1024, 256, 0, stream>>>(static_cast<__nv_bfloat16*>(t.data), rows * cols, seed += 977, scale);
-    must(cudaGetLastError());
-    return t;
-  }
-  template <class V>
-  V* upload(const std::vector<V>& host) {
-    buffers.emplace_back(ops->device(), std::max<size_t>(host.size() * sizeof(V), 16));
-    ops->device().copy_to_device(buffers.back().data(), host.data(), host.size() * sizeof(V));
-    ops->device().synchronize();
-    return static_cast<V*>(buffers.back().data());
-  }
-  cudaGraphExec_t capture(const std::function<void()>& work) {
-    work();  // makes plans and scratch
-    ops->device().synchronize();
-    cudaGraph_t graph;
-    must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    work();
-    must(cudaStreamEndCapture(stream, &graph));
-    cudaGraphExec_t exec;
-    must(cudaGraphInstantiate(&exec, graph, 0));
-    must(cudaGraphDestroy(graph));
-    return exec;
-  }
-  // Median microseconds of each graph over interleaved replays.
-  std::vector<double> time(const std::vector<cudaGraphExec_t>& graphs, double budget_ms = 150) {
-    cudaEvent_t begin, end;
-    must(cudaEventCreate(&begin));
-    must(cudaEventCreate(&end));
-    std::vector<std::vector<double>> times(graphs.size());
-    double spent = 0;
-    for (int round = 0; round < 200 && (round < 7 || spent < budget_ms); ++round) {
-      for (size_t g = 0; g < graphs.size(); ++g) {
-        must(cudaEventRecord(begin, stream));
-        must(cudaGraphLaunch(graphs[g], stream));
-        must(cudaEventRecord(end, stream));
-        must(cudaEventSynchronize(end));
-        float ms = 0;
-        must(cudaEventElapsedTime(&ms, begin, end));
-        if (round >= 2) times[g].push_back(ms * 1000.0);
-        spent += ms;
-      }
-    }
-    std::vector<double> medians;
-    for (auto& t : times) {
-      std::nth_element(t.begin(), t.begin() + static_cast<std::ptrdiff_t>(t.size() / 2), t.end());
-      medians.push_back(t[t.size() / 2]);
-    }
-    for (cudaGraphExec_t g : graphs) must(cudaGraphExecDestroy(g));
-    return medians;
-  }
-
-  std::unique_ptr<Ops> ops;
-  cudaStream_t stream = nullptr;
-  std::vector<Buffer> buffers;
-  uint64_t seed = 1;
-};
-
-constexpr int64_t kHidden = 4096, kFeed = 14336;
-const LoraLinear kLinears[4] = {
-    {0, 3, kHidden, {4096, 1024, 1024}}, {1, 1, kHidden, {kHidden}}, {2, 2, kHidden, {kFeed, kFeed}}, {3, 1, kFeed, {kHidden}}};
-int64_t columns(const LoraLinear& l) { return l.out[0] + l.out[1] + l.out[2]; }
-
-// Adapters of every layer for one batch: consecutive runs of rows, one adapter each.
-struct Batch {
-  LoraGroups groups;
-  std::vector<LoraGroup> host;
-  std::vector<std::vector<LoraSite>> sites;
-  std::vector<std::vector<LoraGradSite>> grads;
-};
-
-void make_batch(Bench& b, Batch& batch, int64_t rows, int adapters, int rank, int layers, bool train) {
-  for (int a = 0; a < adapters; ++a) {
-    std::vector<LoraSite> sites;
-    std::vector<LoraGradSite> grads;
-    for (int l = 0; l < layers; ++l) {
-      for (const LoraLinear& linear : kLinears) {
-        LoraSite site;
-        LoraGradSite grad;
-        const TensorView all = b.random(linear.parts * rank, linear.in, 0.02f);
-        for (int p = 0; p < linear.parts; ++p) {
-          site.part[p] = {all.at(p * rank), b.random(linear.out[p], rank, 0.02f).data, rank, 2.0f};
-          if (train) {
-            grad.part[p].da = static_cast<float*>(b.random(rank, linear.in * 2, 0).data);
-            grad.part[p].db = static_cast<float*>(b.random(linear.out[p], rank * 2, 0).data);
-          }
-        }
-        sites.push_back(site);
-        grads.push_back(grad);
-      }
-    }
-    batch.sites.push_back(sites);
-    batch.grads.push_back(grads);
-  }
-  for (int a = 0; a < adapters; ++a) {
-    LoraGroup g;
-    g.row_begin = static_cast<int32_t>(rows * a / adapters);
-    g.rows = static_cast<int32_t>(rows * (a + 1) / adapters - rows * a / adapters);
-    g.host_sites = batch.sites[static_cast<size_t>(a)].data();
-    g.sites = b.upload(batch.sites[static_cast<size_t>(a)]);
-    if (train) {
-      g.host_grads = batch.grads[static_cast<size_t>(a)].data();
-      g.grads = b.upload(batch.grads[static_cast<size_t>(a)]);
-    }
-    batch.host.push_back(g);
-  }
-  batch.groups = {b.upload(batch.host), batch.host.data(), adapters, 3 * rank, nullptr};
-}
-
-LoraLinear at_layer(int index, int layer) {
-  LoraLinear l = kLinears[index];
-  l.site = layer * 4 + index;
-  return l;
-}
-
-constexpr const char* kNames[] = {"qkv", "o", "gate_up", "down"};
 
 // Microseconds of a linear's product without adapters: through cuBLASLt and through the kernel that takes LoRA in, forward, then
 // dX. A graph has `repeats` of them, with weights of their own; `times` replays.
 std::vector<double> product_times(int index, int64_t rows, int repeats, int times) {
-  Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
+  Bench b;
   auto& ops = static_cast<cuda::CudaOps&>(*b.ops);
   const LoraLinear& linear = kLinears[index];
   const TensorView x = b.random(rows, linear.in), y = b.random(rows, columns(linear));
@@ -202,7 +48,7 @@ std::vector<double> product_times(int index, int64_t rows, int repeats, int time
 }
 
 // Each linear's product at 8192 rows, without adapters: cuBLASLt beside the kernel that takes LoRA in.
-void products(const std::function<void(const std::string&, double)>& add) {
+void products(Json& add) {
   const int64_t rows = 8192;
   std::printf("8192 rows, TFLOP/s of %-8s | %9s %9s | %9s %9s\n", "linear", "cuBLASLt", "1 GEMM", "dX", "1 GEMM");
   for (int i = 0; i < 4; ++i) {
@@ -219,7 +65,7 @@ void products(const std::function<void(const std::string&, double)>& add) {
 
 // Attention of decodes in bf16, this kernel beside cuDNN: sequences over random pages of 16 of a pool that is many times the L2,
 // every launch of a graph with pages of its own.
-void decode_attention(const std::function<void(const std::string&, double)>& add) {
+void decode_attention(Json& add) {
   struct Case {
     const char* name;
     int q_heads, kv_heads, head_size;
@@ -256,7 +102,7 @@ void decode_attention(const std::function<void(const std::string&, double)>& add
   cases.push_back({"", 14, 2, 64, even(64, 2048)});
   cases.push_back({"", 32, 8, 64, even(64, 2048)});
   std::printf("attention of decodes, us | %9s %6s | %9s %6s\n", "ours", "GB/s", "cuDNN", "GB/s");
-  Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
+  Bench b;
   auto& ops = static_cast<cuda::CudaOps&>(*b.ops);
   const int page_size = 16, launches = 6;
   const int64_t elements = int64_t{1} << 30;
@@ -310,7 +156,7 @@ void decode_attention(const std::function<void(const std::string&, double)>& add
 
 // Microseconds at a number of rows: each linear's product through cuBLASLt and through the kernel that takes LoRA in, forward and
 // dX; then all four with LoRA, one adapter on all rows but the last `decodes`, which belong to eight others.
-void at_rows(int64_t rows, int decodes, int rank, const std::function<void(const std::string&, double)>& add) {
+void at_rows(int64_t rows, int decodes, int rank, Json& add) {
   const std::string suffix = "_us_" + std::to_string(rows);
   std::printf("%5lld", static_cast<long long>(rows));
   double sums[4] = {};
@@ -324,7 +170,7 @@ void at_rows(int64_t rows, int decodes, int rank, const std::function<void(const
       sums[way] += t[static_cast<size_t>(way)];
     }
   }
-  Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
+  Bench b;
   Batch batch;
   make_batch(b, batch, rows, decodes > 0 ? 9 : 1, rank, 1, false);
   if (decodes > 0) {
@@ -376,24 +222,16 @@ void at_rows(int64_t rows, int decodes, int rank, const std::function<void(const
 int main(int argc, char** argv) {
   const bool attention_alone = argc > 1 && std::string(argv[1]) == "attention";
   const int rank = argc > 1 && !attention_alone ? std::atoi(argv[1]) : 16;
-  cudaDeviceProp properties;
-  must(cudaGetDeviceProperties(&properties, 0));
-  std::string json = "{\"gpu\": \"" + std::string(properties.name) + "\", \"rank\": " + std::to_string(rank);
-  const auto add = [&](const std::string& name, double value) {
-    char text[128];
-    std::snprintf(text, sizeof(text), ", \"%s\": %.2f", name.c_str(), value);
-    json += text;
-  };
-
+  Json add(rank);
   double copy_gbs = 0;
   {
-    Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
+    Bench b;
     const TensorView x = b.random(8192, 8192), w = b.random(8192, 8192), y = b.random(8192, 8192);
     const TensorView from = b.random(1 << 15, 1 << 16), to = b.random(1 << 15, 1 << 16);
     const auto product = b.time({b.capture([&] { b.ops->linear(x, w, {}, y); })});
     const auto copy = b.time({b.capture([&] { b.ops->device().copy_on_device(to.data, from.data, size_t{1} << 32); })});
     const double tflops = 2.0 * 8192 * 8192 * 8192 / product[0] / 1e6, gbs = 2.0 * (1ll << 32) / copy[0] / 1e3;
-    std::printf("%s: product %.0f TFLOP/s, copy %.0f GB/s; rank %d\n", properties.name, tflops, gbs, rank);
+    std::printf("%s: product %.0f TFLOP/s, copy %.0f GB/s; rank %d\n", add.gpu.c_str(), tflops, gbs, rank);
     add("product_tflops", tflops);
     add("copy_gbs", gbs);
     copy_gbs = gbs;
@@ -412,7 +250,7 @@ int main(int argc, char** argv) {
     decode_attention(add);
   }
   if (argc > 2 || attention_alone) {
-    std::printf("%s}\n", json.c_str());
+    add.print();
     return 0;
   }
   products(add);
@@ -423,7 +261,7 @@ int main(int argc, char** argv) {
   for (const auto& c : cases) {
     const int64_t rows = c[0];
     const int adapters = c[1], layers = c[2];
-    Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
+    Bench b;
     Batch batch;
     make_batch(b, batch, rows, adapters, rank, layers, false);
     std::vector<TensorView> w;
@@ -506,7 +344,7 @@ int main(int argc, char** argv) {
   for (const int adapters : {1, 4, 16}) {
     const int64_t rows = 8192;
     const int layers = 2;
-    Bench b(std::unique_ptr<Ops>(loquetier_make_cuda_ops(0, static_cast<int>(DType::bf16), 0)));
+    Bench b;
     Batch batch;
     make_batch(b, batch, rows, adapters, rank, layers, true);
     std::vector<TensorView> w;
@@ -576,6 +414,6 @@ int main(int argc, char** argv) {
     add("da_us_" + name, alone[1]);
     add("dx_us_" + name, alone[2]);
   }
-  std::printf("%s}\n", json.c_str());
+  add.print();
   return 0;
 }
