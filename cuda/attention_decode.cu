@@ -17,6 +17,8 @@
 #include "attention_decode.h"
 #include "lora.cuh"
 #include "ops/workspace.h"
+#include "rope.cuh"
+#include "shares.cuh"
 #include "tma.cuh"
 
 namespace loquetier::cuda {
@@ -36,13 +38,24 @@ struct Tiling {
   static constexpr int shared = kWarps * kRingBytes + meeting;
 };
 
+// What rope in front takes beside qkv.
+struct RopeArgs {
+  KShares shares;  // of qkv: in its place, unless their count is 0
+  const float* cos_sin;
+  int64_t ld_cos;
+  const void* q_norm;  // [D] or null
+  const void* k_norm;
+  float eps;
+  const int32_t* kv_slots;
+};
+
 struct DecodeAttentionArgs {
-  const void* q;
+  const void* q;  // with rope: qkv
   int64_t ld_q;
   void* out;
   int64_t ld_out;
-  const void* k;
-  const void* v;
+  void* k;  // written with rope alone
+  void* v;
   const int32_t* row_begin;
   const int32_t* rows;
   const int32_t* kv_len;
@@ -53,6 +66,7 @@ struct DecodeAttentionArgs {
   unsigned* tickets;  // [blocks] 0 between launches
   float2* marks;      // [blocks, 2, kMostHeads] largest score and sum of exponentials
   float* sums;        // [blocks, 2, kMostHeads, kD]
+  RopeArgs rope;
 };
 constexpr int kMostHeads = kMostDecodeGroup;
 static_assert(kMostHeads % kHeads == 0);
@@ -152,6 +166,12 @@ __device__ inline int page_of(const DecodeAttentionArgs& a, const Place& place) 
   return key < place.keys ? table_entry(a.page_table + int64_t{place.sequence} * a.max_pages + (key >> a.page_bits)) : 0;
 }
 
+// Where 16 bytes of a row lie in a matrix of a stage, so that neither rows nor columns of them meet in a bank.
+template <int kD>
+__device__ inline uint32_t chunk_of(uint32_t matrix, int row, int chunk) {
+  return matrix + static_cast<uint32_t>(row * Tiling<kD>::row + (chunk ^ (row % 8)) * 16);
+}
+
 // Copies this warp's 16 keys and values of the unit at `place`.
 template <int kD>
 __device__ inline void fetch(const DecodeAttentionArgs& a, const Place& place, int page, uint32_t stage) {
@@ -165,10 +185,111 @@ __device__ inline void fetch(const DecodeAttentionArgs& a, const Place& place, i
     const int row = i * kRows + lane / kChunks;
     const int64_t from = __shfl_sync(0xffffffffu, slot, row) * stride + column;
     const bool real = key0 + row < place.keys;
-    const uint32_t to = stage + static_cast<uint32_t>(row * S::row + (chunk ^ (row % 8)) * 16);
+    const uint32_t to = chunk_of<kD>(stage, row, chunk);
     copy_async(to, static_cast<const std::byte*>(a.k) + from, real);
     copy_async(to + S::matrix, static_cast<const std::byte*>(a.v) + from, real);
   }
+}
+
+// ---------------------------------------------------------------- rope in front
+
+// What a run of kv head `head` takes from the row of qkv: its q heads come to rows 0, 1, … of `tile`, a matrix as in the stages,
+// and unless `slot` is negative the new key and value to the next two, and to the pages. kD / 8 lanes own a head, eight columns
+// each, so all heads of most groups are on their way together.
+template <class T, int kD>
+__device__ inline void rotate_run(const DecodeAttentionArgs& a, int head, int row, int slot, uint32_t tile) {
+  constexpr int kLanes = kD / 8, kAtOnce = kThreads / kLanes, kHalf = kD / 2;  // lanes of a head, heads at once
+  constexpr int kTogether = 6;                                                 // shares; q|k|v of an 8B Llama leaves five
+  constexpr unsigned kAll = 0xffffffffu;
+  const RopeArgs& rope = a.rope;
+  const int chunk = static_cast<int>(threadIdx.x) % kLanes, column = chunk * 8;
+  const float* angles = rope.cos_sin + row * rope.ld_cos + column % kHalf;
+  Pack<float, 4> cosine[2], sine[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    cosine[i] = load_pack<float, 4>(angles + 4 * i);
+    sine[i] = load_pack<float, 4>(angles + kHalf + 4 * i);
+  }
+  const int items = a.group + (slot >= 0 ? 2 : 0);
+#pragma unroll 1
+  for (int first = 0; first < items; first += kAtOnce) {
+    const int item = first + static_cast<int>(threadIdx.x) / kLanes;
+    const bool query = item < a.group, value = item == a.group + 1;
+    const int64_t from = int64_t{query ? head * a.group + item : item * a.kv_heads + head} * kD + column;
+    const T* w = static_cast<const T*>(query ? rope.q_norm : value ? nullptr : rope.k_norm);
+    Pack<T, 8> own = {}, partner, weight = {}, partner_weight = {};
+    if (item < items) {
+      if (w != nullptr) {
+        weight = load_pack<T, 8>(w + column);
+        partner_weight = load_pack<T, 8>(w + (column ^ kHalf));
+      }
+      if (rope.shares.count > 0) {
+        const Pack<float, 8> sum = sum_of_shares_together<8, kTogether>(rope.shares, row, from);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) own.v[i] = from_float<T>(sum.v[i]);
+      } else {
+        own = load_pack<T, 8>(static_cast<const T*>(a.q) + row * a.ld_q + from);
+      }
+    }
+    const uint4 words = reinterpret_cast<const uint4&>(own);
+    const auto swapped = [](uint32_t word) { return __shfl_xor_sync(kAll, word, kLanes / 2); };  // with the other half
+    reinterpret_cast<uint4&>(partner) = {swapped(words.x), swapped(words.y), swapped(words.z), swapped(words.w)};
+    float scale = 1;
+    if (rope.q_norm != nullptr || rope.k_norm != nullptr) {  // of all lanes
+      float squares = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares += squares_of(to_float(own.v[i]), to_float(partner.v[i]));
+#pragma unroll
+      for (int offset = kLanes / 4; offset > 0; offset /= 2) squares += __shfl_xor_sync(kAll, squares, offset);
+      scale = norm_factor(squares, kD, rope.eps);
+    }
+    if (!value) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float x = to_float(own.v[i]), y = to_float(partner.v[i]);
+        if (w != nullptr) {
+          x *= scale * to_float(weight.v[i]);
+          y *= scale * to_float(partner_weight.v[i]);
+        }
+        const float s = sine[i / 4].v[i % 4];
+        own.v[i] = from_float<T>(rotated(x, y, cosine[i / 4].v[i % 4], column < kHalf ? -s : s));
+      }
+    }
+    if (item >= items) continue;
+    store_shared16(chunk_of<kD>(tile, item, chunk), reinterpret_cast<const uint4&>(own));
+    if (!query) {
+      T* pages = static_cast<T*>(value ? a.v : a.k);
+      store_pack<T, 8>(pages + (int64_t{slot} * a.kv_heads + head) * kD + column, own);
+    }
+  }
+}
+
+// The fragments of q from the tile; heads that are not there are the last one again.
+template <int kD, int kN>
+__device__ inline void load_queries(uint32_t (&q)[kN][kD / 16][2], uint32_t tile, int group) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const int row = min(n * kHeads + lane % 8, group - 1);
+#pragma unroll
+    for (int step = 0; step < kD / 16; step += 2) {
+      const Fragment f = load_blocks(chunk_of<kD>(tile, row, 2 * step + lane / 8));
+      q[n][step][0] = f.v[0], q[n][step][1] = f.v[1], q[n][step + 1][0] = f.v[2], q[n][step + 1][1] = f.v[3];
+    }
+  }
+}
+
+// The new key and value: one chunk a lane, of the key and then of the value, from the tile and into a stage.
+template <int kD>
+__device__ inline uint4 load_new(uint32_t tile, int group) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, of = lane / (kD / 8) % 2;
+  return load_shared16(chunk_of<kD>(tile, group + of, lane % (kD / 8)));
+}
+template <int kD>
+__device__ inline void store_new(uint4 chunk, uint32_t stage, int row) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, of = lane / (kD / 8) % 2;
+  store_shared16(chunk_of<kD>(stage + static_cast<uint32_t>(of * Tiling<kD>::matrix), row, lane % (kD / 8)), chunk);
+  __syncwarp();
 }
 
 // ---------------------------------------------------------------- the running softmax of a warp
@@ -289,7 +410,7 @@ __device__ inline void add_parts(const DecodeAttentionArgs& a, int block, int sl
 
 // ---------------------------------------------------------------- the kernel
 
-template <class T, int kD, int kN>
+template <class T, int kD, int kN, bool kRope>
 __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_attention_kernel(const DecodeAttentionArgs a) {
   using S = Tiling<kD>;
   constexpr int kV = kD / kWarp;
@@ -319,7 +440,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_atten
   const auto ask = [&](bool early) {
     if (asked < count) {
       const int key0 = first_key(ahead);
-      if (early && key0 + kTileKeys >= ahead.keys) wait_for_previous();  // the last key is that launch's
+      if (!kRope && early && key0 + kTileKeys >= ahead.keys) wait_for_previous();  // the last key is that launch's
       if (key0 < ahead.keys) fetch<kD>(a, ahead, page, ring + fill * S::stage);
       if (++asked < count) {
         ahead.advance(a);
@@ -330,20 +451,37 @@ __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_atten
     fill = fill + 1 == S::stages ? 0 : fill + 1;
   };
   for (int i = 0; i + 1 < S::stages; ++i) ask(true);
-  wait_for_previous();
+  int row = 0, slot = -1;  // of q; of the new key, negative: none is made
+  const auto find_row = [&] {
+    row = table_entry(a.row_begin + at.sequence);
+    if constexpr (kRope) slot = table_entry(a.rope.kv_slots + row);
+  };
+  find_row();
+  wait_for_previous();  // for q; and for the angles, since no launch in front need have ended before
 
   for (int done = 0; done < count;) {
-    const int units = min(at.units - at.unit, count - done), row = table_entry(a.row_begin + at.sequence);
+    const int units = min(at.units - at.unit, count - done);
     uint32_t q[kN][kD / 16][2];
-    const T* q_row = static_cast<const T*>(a.q) + row * a.ld_q + at.head * a.group * kD;
+    uint4 fresh = {};  // this lane's part of the new key and value
+    if constexpr (kRope) {
+      const uint32_t tile = shared_address(meeting);
+      if (at.unit + units < at.units) slot = -1;  // the last key is another block's
+      rotate_run<T, kD>(a, at.head, row, slot, tile);
+      __syncthreads();
+      load_queries<kD, kN>(q, tile, a.group);
+      fresh = load_new<kD>(tile, a.group);
+      __syncthreads();  // the warps' sums come to the same place
+    } else {
+      const T* q_row = static_cast<const T*>(a.q) + row * a.ld_q + at.head * a.group * kD;
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const bool real = n * kHeads + g < a.group;
-      const T* from = q_row + (real ? n * kHeads + g : 0) * kD + 2 * quad;
+      for (int n = 0; n < kN; ++n) {
+        const bool real = n * kHeads + g < a.group;
+        const T* from = q_row + (real ? n * kHeads + g : 0) * kD + 2 * quad;
 #pragma unroll
-      for (int step = 0; step < kD / 16; ++step) {
-        q[n][step][0] = real ? *reinterpret_cast<const uint32_t*>(from + step * 16) : 0;
-        q[n][step][1] = real ? *reinterpret_cast<const uint32_t*>(from + step * 16 + 8) : 0;
+        for (int step = 0; step < kD / 16; ++step) {
+          q[n][step][0] = real ? *reinterpret_cast<const uint32_t*>(from + step * 16) : 0;
+          q[n][step][1] = real ? *reinterpret_cast<const uint32_t*>(from + step * 16 + 8) : 0;
+        }
       }
     }
     Running<T, kD, kN> running;
@@ -353,6 +491,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_atten
       __syncwarp();  // the copies of all lanes are there, and the stage before has been read
       ask(false);
       const int keys = at.keys - (at.unit + i) * kUnitKeys - warp * kTileKeys;
+      if (kRope && slot >= 0 && keys > 0 && keys <= kTileKeys) store_new<kD>(fresh, ring + use * S::stage, keys - 1);
       if (keys > 0) running.add(q, ring + use * S::stage, keys, a.scale);
       use = use + 1 == S::stages ? 0 : use + 1;
     }
@@ -413,27 +552,21 @@ __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_atten
     done += units;
     at.unit += units - 1;
     at.advance(a);
+    if (done < count) find_row();
   }
 }
 
-template <class T, int kD>
+template <class T, int kD, bool kRope>
 void launch_decode_attention(const DecodeAttentionArgs& args, int blocks, cudaStream_t stream,
                              std::source_location where = std::source_location::current()) {
   const Launch launch{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Tiling<kD>::shared, stream, 1, where, true};
-  if (args.group <= kHeads) launch(decode_attention_kernel<T, kD, 1>, args);
-  else launch(decode_attention_kernel<T, kD, 2>, args);
+  if (args.group <= kHeads) launch(decode_attention_kernel<T, kD, 1, kRope>, args);
+  else launch(decode_attention_kernel<T, kD, 2, kRope>, args);
 }
 
-}  // namespace
-
-size_t decode_attention_workspace_bytes(int processors) { return static_cast<size_t>(processors) * kDecodeAttentionWorkspace; }
-
-bool decode_attention(void* workspace, TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, int32_t first,
-                      int32_t count, const AttentionShape& shape, TensorView out, int processors, int blocks, cudaStream_t stream) {
-  const int group = shape.q_heads / shape.kv_heads, d = shape.head_size;
-  if ((d != 64 && d != 128) || group > kMostHeads || !std::has_single_bit(static_cast<unsigned>(kv_shape.page_size)) ||
-      !rows_of_vectors(q) || !rows_of_vectors(out) || !aligned16(kv.k) || !aligned16(kv.v))
-    return false;
+// All of the arguments but those of rope.
+DecodeAttentionArgs arguments(void* workspace, TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,
+                              int32_t first, int32_t count, const AttentionShape& shape, TensorView out, int processors) {
   DecodeAttentionArgs args = {};
   args.q = q.data;
   args.ld_q = q.ld;
@@ -449,17 +582,50 @@ bool decode_attention(void* workspace, TensorView q, KvLayer kv, const KvShape& 
   args.max_pages = batch.max_pages;
   args.page_bits = std::countr_zero(static_cast<unsigned>(kv_shape.page_size));
   args.kv_heads = shape.kv_heads;
-  args.group = group;
+  args.group = shape.q_heads / shape.kv_heads;
   args.scale = shape.scale * kLog2E;
   const size_t parts = size_t{2} * kDecodeAttentionBlocks * static_cast<size_t>(processors) * kMostHeads;
   args.sums = static_cast<float*>(workspace);
   args.marks = reinterpret_cast<float2*>(args.sums + parts * kMostDecodeHeadSize);
   args.tickets = reinterpret_cast<unsigned*>(args.marks + parts);
+  return args;
+}
+
+}  // namespace
+
+size_t decode_attention_workspace_bytes(int processors) { return static_cast<size_t>(processors) * kDecodeAttentionWorkspace; }
+
+bool takes_decode_attention(TensorView q, KvLayer kv, const KvShape& kv_shape, const AttentionShape& shape, TensorView out) {
+  return (shape.head_size == 64 || shape.head_size == 128) && shape.q_heads / shape.kv_heads <= kMostHeads &&
+         std::has_single_bit(static_cast<unsigned>(kv_shape.page_size)) && rows_of_vectors(q) && rows_of_vectors(out) &&
+         aligned16(kv.k) && aligned16(kv.v);
+}
+
+bool takes_decode_rope(TensorView qkv, const Rope& of, TensorView out) {
+  return of.raw.data == nullptr && of.kv_slots != nullptr && of.kv.k != nullptr && rows_of_vectors(of.cos_sin) &&
+         aligned16(of.q_norm.data) && aligned16(of.k_norm.data) && takes_decode_attention(qkv, of.kv, of.kv_shape, of.shape, out);
+}
+
+bool decode_attention(void* workspace, TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, int32_t first,
+                      int32_t count, const AttentionShape& shape, TensorView out, int processors, int blocks, cudaStream_t stream) {
+  if (!takes_decode_attention(q, kv, kv_shape, shape, out)) return false;
+  const DecodeAttentionArgs args = arguments(workspace, q, kv, kv_shape, batch, first, count, shape, out, processors);
   dispatch_half(q.dtype, [&]<class T>() {
-    if (d == 128) launch_decode_attention<T, 128>(args, blocks, stream);
-    else launch_decode_attention<T, 64>(args, blocks, stream);
+    if (shape.head_size == 128) launch_decode_attention<T, 128, false>(args, blocks, stream);
+    else launch_decode_attention<T, 64, false>(args, blocks, stream);
   });
   return true;
+}
+
+void decode_rope_attention(void* workspace, TensorView qkv, const KShares& shares, const Rope& of, const PagedBatch& batch,
+                           TensorView out, int processors, int blocks, cudaStream_t stream) {
+  DecodeAttentionArgs args = arguments(workspace, qkv, of.kv, of.kv_shape, batch, 0, batch.sequences, of.shape, out, processors);
+  args.rope = {shares,     static_cast<const float*>(of.cos_sin.data), of.cos_sin.ld, of.q_norm.data, of.k_norm.data, of.eps,
+               of.kv_slots};
+  dispatch_half(qkv.dtype, [&]<class T>() {
+    if (of.shape.head_size == 128) launch_decode_attention<T, 128, true>(args, blocks, stream);
+    else launch_decode_attention<T, 64, true>(args, blocks, stream);
+  });
 }
 
 }  // namespace loquetier::cuda
