@@ -99,6 +99,7 @@ void CudaOps::linear_lora_rope_attention(TensorView x, TensorView w, TensorView 
     return Ops::linear_lora_rope_attention(x, w, bias, linear, groups, s, qkv, of, batch, out);
   KShares shares;
   linear_lora_leaving(x, w, bias, linear, groups, s, qkv, any_lora(groups) ? &shares : nullptr);
+  device_.use();
   decode_rope_attention(attention_decode_workspace_.data(), qkv, shares, of, batch, out, device_.processors(),
                         kDecodeAttentionBlocks * device_.processors(), stream());
 }

@@ -1,5 +1,5 @@
-// The arithmetic of rope, for its own kernel (rope.cu) and for attention that does rope as it reads q (attention_decode.cu): written
-// out, so that both round alike and their results are the same bit for bit.
+// The arithmetic of rope, for its own kernel (rope.cu) and for attention that does rope as it reads q (attention_decode.cu):
+// written out, so that both round alike and their results are the same bit for bit.
 #pragma once
 
 #include "common.cuh"
@@ -13,8 +13,6 @@ __device__ inline float rotated(float x, float partner, float cosine, float sine
 __device__ inline float squares_of(float x, float partner) { return __fmul_rn(x, x) + __fmul_rn(partner, partner); }
 
 // The factor of a head's norm, before the weights.
-__device__ inline float norm_factor(float squares, int size, float eps) {
-  return rsqrtf(squares / static_cast<float>(size) + eps);
-}
+__device__ inline float norm_factor(float squares, int size, float eps) { return rsqrtf(squares / static_cast<float>(size) + eps); }
 
 }  // namespace loquetier::cuda
