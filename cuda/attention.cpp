@@ -9,6 +9,7 @@
 #include "core/check.h"
 #include "cuda_check.h"
 #include "cuda_ops.h"
+#include "linear_decode.h"
 #include "ops/workspace.h"
 
 namespace loquetier::cuda {
@@ -85,6 +86,22 @@ void CudaOps::attention_paged(TensorView q, KvLayer kv, const KvShape& kv_shape,
   if (decodes > 0 && !decode_attention(attention_decode_workspace_.data(), q, kv, kv_shape, batch, chunks, decodes, shape, out,
                                        device_.processors(), kDecodeAttentionBlocks * device_.processors(), stream()))
     attention_plans_->paged(stream(), attention_scratch_, q, kv, kv_shape, batch, chunks, decodes, shape, out);
+}
+
+// Of decodes rope is not a launch of its own: attention does it as it reads q, from the product's shares of k where there are some.
+void CudaOps::linear_lora_rope_attention(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear,
+                                         const LoraGroups& groups, TensorView s, TensorView qkv, const Rope& of,
+                                         const PagedBatch& batch, TensorView out) {
+  expect_rope("linear_lora_rope_attention", qkv, of);
+  check_paged(qkv.slice_cols(0, int64_t{of.shape.q_heads} * of.shape.head_size), of.kv_shape, batch, of.shape, out);
+  if (deterministic_ || batch.sequences == 0 || qkv.rows == 0 || !one_row_each(batch, batch.sequences) ||
+      !takes_decode_rope(qkv, of, out))
+    return Ops::linear_lora_rope_attention(x, w, bias, linear, groups, s, qkv, of, batch, out);
+  KShares shares;
+  linear_lora_leaving(x, w, bias, linear, groups, s, qkv, any_lora(groups) ? &shares : nullptr);
+  device_.use();
+  decode_rope_attention(attention_decode_workspace_.data(), qkv, shares, of, batch, out, device_.processors(),
+                        kDecodeAttentionBlocks * device_.processors(), stream());
 }
 
 void CudaOps::attention_paged_by_cudnn(TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,

@@ -11,165 +11,23 @@
 // A kv head of a sequence whose units lie in several blocks: each block leaves its sums in memory, and the last of them to come
 // (a ticket) adds them up, in the order of the blocks. So the same batch has the same result bit for bit; which keys are added up
 // together does depend on the other sequences, and the deterministic mode has the plain kernels.
+//
+// With rope in front (kRope) q is qkv as the product left it: each run begins with norm and rotation of its q heads, which come to
+// the warps through shared memory. The block that reads a sequence's last key makes that key and its value, too: they go to the
+// pages, and in the ring take the place of what was fetched from there. So no key depends on the launch in front.
+//
+// attention_decode_ring.cuh has the shares of the work and the ring, attention_decode_rope.cuh the front.
 #include <algorithm>
 #include <bit>
 
 #include "attention_decode.h"
-#include "lora.cuh"
-#include "ops/workspace.h"
-#include "tma.cuh"
+#include "attention_decode_rope.cuh"
 
 namespace loquetier::cuda {
 
 namespace {
 
-constexpr int kWarps = 4, kThreads = kWarps * kWarp;
-constexpr int kTileKeys = 16, kUnitKeys = kWarps * kTileKeys;
-constexpr int kRingBytes = 24 * 1024;  // of a warp
-constexpr int kHeads = 8;              // of a tile of n
-
-template <int kD>
-struct Tiling {
-  static constexpr int row = kD * 2, matrix = kTileKeys * row, stage = 2 * matrix;  // K and V
-  static constexpr int stages = kRingBytes / stage;
-  static constexpr int meeting = kWarps * kHeads * kD * static_cast<int>(sizeof(float));  // the warps' sums of eight heads
-  static constexpr int shared = kWarps * kRingBytes + meeting;
-};
-
-struct DecodeAttentionArgs {
-  const void* q;
-  int64_t ld_q;
-  void* out;
-  int64_t ld_out;
-  const void* k;
-  const void* v;
-  const int32_t* row_begin;
-  const int32_t* rows;
-  const int32_t* kv_len;
-  const int32_t* page_table;
-  int sequences, max_pages, page_bits;  // a page holds 2^page_bits keys
-  int kv_heads, group;
-  float scale;        // of the scores, to base 2
-  unsigned* tickets;  // [blocks] 0 between launches
-  float2* marks;      // [blocks, 2, kMostHeads] largest score and sum of exponentials
-  float* sums;        // [blocks, 2, kMostHeads, kD]
-};
-constexpr int kMostHeads = kMostDecodeGroup;
-static_assert(kMostHeads % kHeads == 0);
-
-// 16 bytes that nothing else will read, zeros unless `real`.
-__device__ inline void copy_async(uint32_t to, const std::byte* from, bool real) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(real ? 16 : 0),
-               "l"(kStreamOnce)
-               : "memory");
-}
-struct Fragment {
-  uint32_t v[4];
-};
-__device__ inline Fragment load_blocks(uint32_t address) {
-  Fragment f;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3])
-               : "r"(address)
-               : "memory");
-  return f;
-}
-__device__ inline Fragment load_blocks_transposed(uint32_t address) {
-  Fragment f;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3])
-               : "r"(address)
-               : "memory");
-  return f;
-}
-
-// ---------------------------------------------------------------- who does what
-
-// The tables of a step are read by every layer, with all of the weights in between: they are to stay in the L2.
-__device__ inline int table_entry(const int32_t* p) {
-  int32_t value;
-  asm("ld.global.nc.L2::cache_hint.b32 %0, [%1], %2;" : "=r"(value) : "l"(p), "l"(kKeep));
-  return value;
-}
-
-__device__ inline int keys_of(const DecodeAttentionArgs& a, int sequence) {
-  if (sequence >= a.sequences) return 0;
-  const int rows = table_entry(a.rows + sequence), keys = table_entry(a.kv_len + sequence);
-  return rows > 0 ? keys : 0;
-}
-__device__ inline int units_of(int keys) { return (keys + kUnitKeys - 1) / kUnitKeys; }
-
-// `total` units over `blocks` blocks, the first ones one more than the others where it does not come out even.
-struct Shares {
-  int total, blocks;
-  __device__ int begin(int block) const { return block * (total / blocks) + min(block, total % blocks); }
-  __device__ int owner(int unit) const {
-    const int each = total / blocks, more = total % blocks;
-    return unit < more * (each + 1) ? unit / (each + 1) : more + (unit - more * (each + 1)) / each;
-  }
-};
-
-// A unit: keys [unit * kUnitKeys, …) of one kv head of a sequence.
-struct Place {
-  int sequence, head, unit;
-  int units, keys;  // of the sequence
-  __device__ void advance(const DecodeAttentionArgs& a) {
-    if (++unit < units) return;
-    unit = 0;
-    if (++head < a.kv_heads) return;
-    head = 0;
-    do keys = keys_of(a, ++sequence);
-    while (keys == 0 && sequence < a.sequences);
-    units = units_of(keys);
-  }
-};
-
-// The place of unit `index` of all. Every warp looks for itself.
-__device__ inline Place find_unit(const DecodeAttentionArgs& a, int index) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  for (int base = 0;; base += kWarp) {
-    const int keys = keys_of(a, base + lane), units = units_of(keys) * a.kv_heads;
-    const int sum = warp_prefix_sum(units);
-    const unsigned hit = __ballot_sync(0xffffffffu, index < sum);
-    if (hit != 0) {
-      const int winner = __ffs(static_cast<int>(hit)) - 1;
-      index -= __shfl_sync(0xffffffffu, sum - units, winner);
-      const int all = __shfl_sync(0xffffffffu, keys, winner);
-      return {base + winner, index / units_of(all), index % units_of(all), units_of(all), all};
-    }
-    index -= __shfl_sync(0xffffffffu, sum, kWarp - 1);
-  }
-}
-
-// ---------------------------------------------------------------- the ring
-
-// The page of this lane's key in the warp's tile of the unit at `place`; it is asked for a turn before the tile is.
-__device__ inline int first_key(const Place& place) {
-  return place.unit * kUnitKeys + static_cast<int>(threadIdx.x) / kWarp * kTileKeys;
-}
-__device__ inline int page_of(const DecodeAttentionArgs& a, const Place& place) {
-  const int key = first_key(place) + static_cast<int>(threadIdx.x) % kTileKeys;
-  return key < place.keys ? table_entry(a.page_table + int64_t{place.sequence} * a.max_pages + (key >> a.page_bits)) : 0;
-}
-
-// Copies this warp's 16 keys and values of the unit at `place`.
-template <int kD>
-__device__ inline void fetch(const DecodeAttentionArgs& a, const Place& place, int page, uint32_t stage) {
-  using S = Tiling<kD>;
-  constexpr int kChunks = kD / 8, kRows = kWarp / kChunks;  // of 16 bytes in a row; rows at once
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, chunk = lane % kChunks, key0 = first_key(place);
-  const int slot = (page << a.page_bits) + ((key0 + lane % kTileKeys) & ((1 << a.page_bits) - 1));
-  const int64_t stride = int64_t{a.kv_heads} * S::row, column = place.head * S::row + chunk * 16;
-#pragma unroll
-  for (int i = 0; i < kTileKeys / kRows; ++i) {
-    const int row = i * kRows + lane / kChunks;
-    const int64_t from = __shfl_sync(0xffffffffu, slot, row) * stride + column;
-    const bool real = key0 + row < place.keys;
-    const uint32_t to = stage + static_cast<uint32_t>(row * S::row + (chunk ^ (row % 8)) * 16);
-    copy_async(to, static_cast<const std::byte*>(a.k) + from, real);
-    copy_async(to + S::matrix, static_cast<const std::byte*>(a.v) + from, real);
-  }
-}
+using namespace attention;
 
 // ---------------------------------------------------------------- the running softmax of a warp
 
@@ -247,14 +105,14 @@ __device__ inline void store_out(T* to, const Pack<float, kV>& sum, float factor
   store_pack<T, kV>(to, pack);
 }
 
-// Adds up the `parts` parts of a row that lie in neighbouring blocks from `block` on; `slot` is the first one's. A warp takes every
-// fourth head, all its loads on their way together: the whole launch waits for this.
+// Adds up the `parts` parts of a row that lie in neighbouring blocks from `block` on; `second` is the first one's. A warp takes
+// every fourth head, all its loads on their way together: the whole launch waits for this.
 template <class T, int kD, int kN>
-__device__ inline void add_parts(const DecodeAttentionArgs& a, int block, int slot, int parts, T* out) {
+__device__ inline void add_parts(const DecodeAttentionArgs& a, int block, int second, int parts, T* out) {
   constexpr int kV = kD / kWarp, kOwn = kN * kHeads / kWarps;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const auto place = [&](int p, int i) {
-    return int64_t{2 * (block + p) + (p == 0 ? slot : 0)} * kMostHeads + min(warp + i * kWarps, a.group - 1);
+    return int64_t{2 * (block + p) + (p == 0 ? second : 0)} * kMostHeads + min(warp + i * kWarps, a.group - 1);
   };
   float top[kOwn], total[kOwn] = {};
   Pack<float, kV> sum[kOwn] = {};
@@ -289,7 +147,7 @@ __device__ inline void add_parts(const DecodeAttentionArgs& a, int block, int sl
 
 // ---------------------------------------------------------------- the kernel
 
-template <class T, int kD, int kN>
+template <class T, int kD, int kN, bool kRope>
 __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_attention_kernel(const DecodeAttentionArgs a) {
   using S = Tiling<kD>;
   constexpr int kV = kD / kWarp;
@@ -319,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_atten
   const auto ask = [&](bool early) {
     if (asked < count) {
       const int key0 = first_key(ahead);
-      if (early && key0 + kTileKeys >= ahead.keys) wait_for_previous();  // the last key is that launch's
+      if (!kRope && early && key0 + kTileKeys >= ahead.keys) wait_for_previous();  // the last key is that launch's
       if (key0 < ahead.keys) fetch<kD>(a, ahead, page, ring + fill * S::stage);
       if (++asked < count) {
         ahead.advance(a);
@@ -330,20 +188,37 @@ __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_atten
     fill = fill + 1 == S::stages ? 0 : fill + 1;
   };
   for (int i = 0; i + 1 < S::stages; ++i) ask(true);
-  wait_for_previous();
+  int row = 0, slot = -1;  // of q; of the new key, negative: none is made
+  const auto find_row = [&] {
+    row = table_entry(a.row_begin + at.sequence);
+    if constexpr (kRope) slot = table_entry(a.rope.kv_slots + row);
+  };
+  find_row();
+  wait_for_previous();  // for q; and for the angles, since no launch in front need have ended before
 
   for (int done = 0; done < count;) {
-    const int units = min(at.units - at.unit, count - done), row = table_entry(a.row_begin + at.sequence);
+    const int units = min(at.units - at.unit, count - done);
     uint32_t q[kN][kD / 16][2];
-    const T* q_row = static_cast<const T*>(a.q) + row * a.ld_q + at.head * a.group * kD;
+    uint4 fresh = {};  // this lane's part of the new key and value
+    if constexpr (kRope) {
+      const uint32_t tile = shared_address(meeting);
+      if (at.unit + units < at.units) slot = -1;  // the last key is another block's
+      rotate_run<T, kD>(a, at.head, row, slot, tile);
+      __syncthreads();
+      load_queries<kD, kN>(q, tile, a.group);
+      fresh = load_new<kD>(tile, a.group);
+      __syncthreads();  // the warps' sums come to the same place
+    } else {
+      const T* q_row = static_cast<const T*>(a.q) + row * a.ld_q + at.head * a.group * kD;
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const bool real = n * kHeads + g < a.group;
-      const T* from = q_row + (real ? n * kHeads + g : 0) * kD + 2 * quad;
+      for (int n = 0; n < kN; ++n) {
+        const bool real = n * kHeads + g < a.group;
+        const T* from = q_row + (real ? n * kHeads + g : 0) * kD + 2 * quad;
 #pragma unroll
-      for (int step = 0; step < kD / 16; ++step) {
-        q[n][step][0] = real ? *reinterpret_cast<const uint32_t*>(from + step * 16) : 0;
-        q[n][step][1] = real ? *reinterpret_cast<const uint32_t*>(from + step * 16 + 8) : 0;
+        for (int step = 0; step < kD / 16; ++step) {
+          q[n][step][0] = real ? *reinterpret_cast<const uint32_t*>(from + step * 16) : 0;
+          q[n][step][1] = real ? *reinterpret_cast<const uint32_t*>(from + step * 16 + 8) : 0;
+        }
       }
     }
     Running<T, kD, kN> running;
@@ -353,13 +228,14 @@ __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_atten
       __syncwarp();  // the copies of all lanes are there, and the stage before has been read
       ask(false);
       const int keys = at.keys - (at.unit + i) * kUnitKeys - warp * kTileKeys;
+      if (kRope && slot >= 0 && keys > 0 && keys <= kTileKeys) store_new<kD>(fresh, ring + use * S::stage, keys - 1);
       if (keys > 0) running.add(q, ring + use * S::stage, keys, a.scale);
       use = use + 1 == S::stages ? 0 : use + 1;
     }
 
     // The warps' sums meet, eight heads at a time.
     const bool whole = units == at.units;
-    const int slot = at.unit == 0 && done > 0 ? 1 : 0;  // 0: begins with the block's run
+    const int second = at.unit == 0 && done > 0 ? 1 : 0;  // 0: begins with the block's run
     T* out_row = static_cast<T*>(a.out) + row * a.ld_out + at.head * a.group * kD;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
@@ -391,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_atten
         if (whole) {
           store_out<T, kV>(out_row + (n * kHeads + head) * kD + lane * kV, sum, 1.0f / total_sum);
         } else {
-          const int64_t place = int64_t{2 * block + slot} * kMostHeads + n * kHeads + head;
+          const int64_t place = int64_t{2 * block + second} * kMostHeads + n * kHeads + head;
           *reinterpret_cast<Pack<float, kV>*>(a.sums + place * kD + lane * kV) = sum;
           if (lane == 0) a.marks[place] = {top, total_sum};
         }
@@ -413,27 +289,21 @@ __global__ void __launch_bounds__(kThreads, kDecodeAttentionBlocks) decode_atten
     done += units;
     at.unit += units - 1;
     at.advance(a);
+    if (done < count) find_row();
   }
 }
 
-template <class T, int kD>
+template <class T, int kD, bool kRope>
 void launch_decode_attention(const DecodeAttentionArgs& args, int blocks, cudaStream_t stream,
                              std::source_location where = std::source_location::current()) {
   const Launch launch{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Tiling<kD>::shared, stream, 1, where, true};
-  if (args.group <= kHeads) launch(decode_attention_kernel<T, kD, 1>, args);
-  else launch(decode_attention_kernel<T, kD, 2>, args);
+  if (args.group <= kHeads) launch(decode_attention_kernel<T, kD, 1, kRope>, args);
+  else launch(decode_attention_kernel<T, kD, 2, kRope>, args);
 }
 
-}  // namespace
-
-size_t decode_attention_workspace_bytes(int processors) { return static_cast<size_t>(processors) * kDecodeAttentionWorkspace; }
-
-bool decode_attention(void* workspace, TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, int32_t first,
-                      int32_t count, const AttentionShape& shape, TensorView out, int processors, int blocks, cudaStream_t stream) {
-  const int group = shape.q_heads / shape.kv_heads, d = shape.head_size;
-  if ((d != 64 && d != 128) || group > kMostHeads || !std::has_single_bit(static_cast<unsigned>(kv_shape.page_size)) ||
-      !rows_of_vectors(q) || !rows_of_vectors(out) || !aligned16(kv.k) || !aligned16(kv.v))
-    return false;
+// All of the arguments but those of rope.
+DecodeAttentionArgs arguments(void* workspace, TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch,
+                              int32_t first, int32_t count, const AttentionShape& shape, TensorView out, int processors) {
   DecodeAttentionArgs args = {};
   args.q = q.data;
   args.ld_q = q.ld;
@@ -449,17 +319,50 @@ bool decode_attention(void* workspace, TensorView q, KvLayer kv, const KvShape& 
   args.max_pages = batch.max_pages;
   args.page_bits = std::countr_zero(static_cast<unsigned>(kv_shape.page_size));
   args.kv_heads = shape.kv_heads;
-  args.group = group;
+  args.group = shape.q_heads / shape.kv_heads;
   args.scale = shape.scale * kLog2E;
   const size_t parts = size_t{2} * kDecodeAttentionBlocks * static_cast<size_t>(processors) * kMostHeads;
   args.sums = static_cast<float*>(workspace);
   args.marks = reinterpret_cast<float2*>(args.sums + parts * kMostDecodeHeadSize);
   args.tickets = reinterpret_cast<unsigned*>(args.marks + parts);
+  return args;
+}
+
+}  // namespace
+
+size_t decode_attention_workspace_bytes(int processors) { return static_cast<size_t>(processors) * kDecodeAttentionWorkspace; }
+
+bool takes_decode_attention(TensorView q, KvLayer kv, const KvShape& kv_shape, const AttentionShape& shape, TensorView out) {
+  return (shape.head_size == 64 || shape.head_size == 128) && shape.q_heads / shape.kv_heads <= kMostHeads &&
+         std::has_single_bit(static_cast<unsigned>(kv_shape.page_size)) && rows_of_vectors(q) && rows_of_vectors(out) &&
+         aligned16(kv.k) && aligned16(kv.v);
+}
+
+bool takes_decode_rope(TensorView qkv, const Rope& of, TensorView out) {
+  return of.raw.data == nullptr && of.kv_slots != nullptr && of.kv.k != nullptr && rows_of_vectors(of.cos_sin) &&
+         aligned16(of.q_norm.data) && aligned16(of.k_norm.data) && takes_decode_attention(qkv, of.kv, of.kv_shape, of.shape, out);
+}
+
+bool decode_attention(void* workspace, TensorView q, KvLayer kv, const KvShape& kv_shape, const PagedBatch& batch, int32_t first,
+                      int32_t count, const AttentionShape& shape, TensorView out, int processors, int blocks, cudaStream_t stream) {
+  if (!takes_decode_attention(q, kv, kv_shape, shape, out)) return false;
+  const DecodeAttentionArgs args = arguments(workspace, q, kv, kv_shape, batch, first, count, shape, out, processors);
   dispatch_half(q.dtype, [&]<class T>() {
-    if (d == 128) launch_decode_attention<T, 128>(args, blocks, stream);
-    else launch_decode_attention<T, 64>(args, blocks, stream);
+    if (shape.head_size == 128) launch_decode_attention<T, 128, false>(args, blocks, stream);
+    else launch_decode_attention<T, 64, false>(args, blocks, stream);
   });
   return true;
+}
+
+void decode_rope_attention(void* workspace, TensorView qkv, const KShares& shares, const Rope& of, const PagedBatch& batch,
+                           TensorView out, int processors, int blocks, cudaStream_t stream) {
+  DecodeAttentionArgs args = arguments(workspace, qkv, of.kv, of.kv_shape, batch, 0, batch.sequences, of.shape, out, processors);
+  args.rope = {shares,     static_cast<const float*>(of.cos_sin.data), of.cos_sin.ld, of.q_norm.data, of.k_norm.data, of.eps,
+               of.kv_slots};
+  dispatch_half(qkv.dtype, [&]<class T>() {
+    if (of.shape.head_size == 128) launch_decode_attention<T, 128, true>(args, blocks, stream);
+    else launch_decode_attention<T, 64, true>(args, blocks, stream);
+  });
 }
 
 }  // namespace loquetier::cuda

@@ -134,6 +134,8 @@ class CudaOps final : public Ops {
                                 TensorView z) override;
   void linear_lora_rope(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
                         TensorView s, TensorView qkv, const Rope& rope) override;
+  void linear_lora_rope_attention(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear, const LoraGroups& groups,
+                                  TensorView s, TensorView qkv, const Rope& rope, const PagedBatch& batch, TensorView out) override;
   void linear_lora_backward(TensorView dy, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView ds,
                             TensorView dx) override;
   void linear_lora_swiglu(TensorView x, TensorView w, const LoraLinear& linear, const LoraGroups& groups, TensorView s,

@@ -1,5 +1,5 @@
 // Rotary positions on the q and k columns of qkv, with the q/k norm before and the write of k and v into the KV pages after; and
-// the gradient. Both are bound by the bytes of q and k.
+// the gradient. Both are bound by the bytes of q and k. Attention of decodes does the same as it reads q (attention_decode.cu).
 #include <algorithm>
 #include <bit>
 #include <initializer_list>
@@ -7,6 +7,7 @@
 
 #include "common.cuh"
 #include "cuda_ops.h"
+#include "rope.cuh"
 #include "shares.cuh"
 
 namespace loquetier::cuda {
@@ -132,10 +133,9 @@ __global__ void rope_kernel(RopeArgs<T> a, int heads, int lanes) {
       float squares = 0;
       rotor.each([&](int i) {
         const Pack<T, N> first = load(i), second = load(half + i);
-        for (int n = 0; n < N; ++n)
-          squares += to_float(first.v[n]) * to_float(first.v[n]) + to_float(second.v[n]) * to_float(second.v[n]);
+        for (int n = 0; n < N; ++n) squares += squares_of(to_float(first.v[n]), to_float(second.v[n]));
       });
-      scale = rsqrtf(rotor.sum(squares) / static_cast<float>(size) + a.eps);
+      scale = norm_factor(rotor.sum(squares), size, a.eps);
     }
     T* keep = a.raw != nullptr && row < a.raw_rows ? a.raw + row * a.ld_raw + int64_t{head} * size : nullptr;
     T* page = head >= a.q_heads && slot >= 0 ? a.k_pages + page_place : nullptr;
@@ -151,8 +151,8 @@ __global__ void rope_kernel(RopeArgs<T> a, int heads, int lanes) {
           x1 *= scale * to_float(w[i + n]);
           x2 *= scale * to_float(w[half + i + n]);
         }
-        first.v[n] = from_float<T>(x1 * rotor.cosine[n] - x2 * rotor.sine[n]);
-        second.v[n] = from_float<T>(x2 * rotor.cosine[n] + x1 * rotor.sine[n]);
+        first.v[n] = from_float<T>(rotated(x1, x2, rotor.cosine[n], -rotor.sine[n]));
+        second.v[n] = from_float<T>(rotated(x2, x1, rotor.cosine[n], rotor.sine[n]));
       }
       store_pack<T, N>(x + i, first);
       store_pack<T, N>(x + half + i, second);

@@ -22,4 +22,27 @@ __device__ inline Pack<float, N> sum_of_shares(const KShares& of, int64_t row, i
   return sum;
 }
 
+// The same sum, the loads of kTogether shares on their way at once: for whoever has the registers and waits for nothing else.
+template <int N, int kTogether>
+__device__ inline Pack<float, N> sum_of_shares_together(const KShares& of, int64_t row, int64_t column) {
+  const float* from = of.sums + row * of.ld + column;
+  Pack<float, N> sum = {};
+#pragma unroll 1
+  for (int left = of.count; left > 0; left -= kTogether, from += kTogether * of.step) {
+    float4 part[kTogether][N / 4];
+#pragma unroll
+    for (int share = 0; share < kTogether; ++share) {
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i)
+        part[share][i] = share < left ? *reinterpret_cast<const float4*>(from + share * of.step + 4 * i) : float4{};
+    }
+#pragma unroll
+    for (int share = 0; share < kTogether; ++share) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum.v[i] += (&part[share][i / 4].x)[i % 4];
+    }
+  }
+  return sum;
+}
+
 }  // namespace loquetier::cuda

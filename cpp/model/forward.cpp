@@ -52,7 +52,12 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
 
   const float eps = config.rms_norm_eps;
   const Rope rope = {shape, batch.cos_sin, weights.q_norm, weights.k_norm, eps, keep.raw, batch.kv_slots, kv, kv_shape};
-  if (weights.qkv.size() == 1) {
+  const bool paged = batch.paged && batch.paged->sequences > 0, whole = weights.qkv.size() == 1;
+  const bool at_once = paged && batch.packed_rows == 0 && whole;  // nothing reads qkv later: that of packed rows alone is kept
+  if (at_once) {
+    ops.linear_lora_rope_attention(norm, weights.qkv[0].w, weights.qkv[0].bias, lora(Site::qkv), groups, keep.s[0], keep.qkv, rope,
+                                   *batch.paged, keep.attn);
+  } else if (whole) {
     ops.linear_lora_rope(norm, weights.qkv[0].w, weights.qkv[0].bias, lora(Site::qkv), groups, keep.s[0], keep.qkv, rope);
   } else {
     adapted_linear(ops, weights.qkv, lora(Site::qkv), groups, norm, keep.s[0], keep.qkv);
@@ -60,7 +65,6 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
   }
 
   const TensorView q = keep.qkv.slice_cols(0, q_cols);
-  const bool paged = batch.paged && batch.paged->sequences > 0;
   if (batch.packed_rows > 0) {
     const auto packed = [&](TensorView t) { return t.slice_rows(0, batch.packed_rows); };
     const TensorView rows = batch.packed_kv.empty() ? packed(keep.qkv) : batch.packed_kv;
@@ -71,7 +75,7 @@ void layer_forward(Ops& ops, const ModelConfig& config, const LayerWeights& weig
     } else {
       ops.attention_packed(packed(q), k, v, *batch.packed, shape, packed(keep.attn), lse);
     }
-  } else if (paged) {
+  } else if (paged && !at_once) {
     ops.attention_paged(q, kv, kv_shape, *batch.paged, shape, keep.attn);
   }
 

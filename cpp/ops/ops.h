@@ -312,6 +312,16 @@ class Ops {
     linear_lora(x, w, bias, linear, groups, s, qkv);
     this->rope(qkv, rope);
   }
+  // linear_lora_rope, then attention_paged of the q columns over the pages of `rope`. qkv is scratch. One call so that a backend
+  // may do rope where attention reads q. A row of a sequence has the slot of that sequence's last key but for rows in front, or
+  // none: then its key is in the pages; rows of no sequence have none.             qkv [T, (Q + 2K) D] C; out [T, Q D] C
+  virtual void linear_lora_rope_attention(TensorView x, TensorView w, TensorView bias, const LoraLinear& linear,
+                                          const LoraGroups& groups, TensorView s, TensorView qkv, const Rope& rope,
+                                          const PagedBatch& batch, TensorView out) {
+    linear_lora_rope(x, w, bias, linear, groups, s, qkv, rope);
+    const TensorView q = qkv.slice_cols(0, int64_t{rope.shape.q_heads} * rope.shape.head_size);
+    attention_paged(q, rope.kv, rope.kv_shape, batch, rope.shape, out);
+  }
   // ds[:, r0:r0+R] = scale * dy[:, part] B.                   dy [T, sum out] C; ds [T, >= max_rank] C
   virtual void lora_backward_s(const LoraLinear& linear, const LoraGroups& groups, TensorView dy, TensorView ds) = 0;
   // dx += (ds[:, r0:r0+R] A) * M, summed over parts.          ds [T, >= max_rank] C; dx [T, in] C

@@ -1,7 +1,9 @@
 // What a backend fuses beyond the op table, against the reference and against its own single operations: linear_lora with one-row,
-// small and large groups, rows without adapters, mixed ranks and dropout; linear_lora_backward likewise. Same options as op_tests:
+// small and large groups, rows without adapters, mixed ranks and dropout; linear_lora_backward likewise; what is one call with the
+// norm, rope or attention behind a product. Same options as op_tests:
 // --backend cpu|cuda, --dtype,
 // --seed.
+#include "op_cases_attention.h"
 #include "op_cases_lora.h"
 #include "op_harness.h"
 
@@ -506,6 +508,17 @@ TEST(linear_lora_refuses_bad_shapes) {
     const Rope rope = {{4, 2, 4, 0}, angles, {}, {}, 1e-5f, {}, nullptr, {}, {}};
     CHECK_THROWS(InvalidArgument, "cos_sin: expected",
                  rig.ops().linear_lora_rope(dx, dw, {}, lora.linear, lora.groups, s, sum, rope));
+    const AttentionSpec decodes = {4, 2, 4, {{1, 9}, {1, 5}, {1, 3}, {1, 1}}};
+    PagedRig paged(rig, decodes, 8);
+    OnDevice turns(rig, 4, 4, DType::f32), attended(rig, 4, 15);
+    const auto attended_as_made = attended.download();
+    const auto attend = [&](TensorView cos_sin, TensorView to) {
+      const Rope of = {paged.shape, cos_sin, {}, {}, 1e-5f, {}, nullptr, paged.layer, paged.kv_shape};
+      rig.ops().linear_lora_rope_attention(dx, dw, {}, lora.linear, lora.groups, s, sum, of, paged.batch, to);
+    };
+    CHECK_THROWS(InvalidArgument, "cos_sin: expected", attend(angles, attended));
+    CHECK_THROWS(InvalidArgument, "out: expected [4, 16]", attend(turns, attended));
+    CHECK(attended.download() == attended_as_made);
 
     OnDevice dy(rig, 4, 32), ds(rig, 4, 8), wrong(rig, 4, 63);
     const auto untouched = wrong.download();
@@ -514,3 +527,5 @@ TEST(linear_lora_refuses_bad_shapes) {
     CHECK(wrong.download() == untouched);
   });
 }
+
+#include "op_rope_attention_tests.h"

@@ -152,6 +152,13 @@ class PagedRig {
   }
   PagedRig(const PagedRig&) = delete;
 
+  // Where a key of a sequence is: page * P + offset.
+  int32_t slot(size_t sequence, int32_t key) const {
+    const int32_t page =
+        page_table_[sequence * static_cast<size_t>(batch.max_pages) + static_cast<size_t>(key / kv_shape.page_size)];
+    return page * kv_shape.page_size + key % kv_shape.page_size;
+  }
+
   AttentionShape shape;
   std::vector<reference::Sequence> sequences;  // rows of k and v below
   Host q, k, v;
