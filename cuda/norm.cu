@@ -18,7 +18,7 @@ unsigned threads_for(int64_t vectors) {
 template <class T, int N>
 struct MatrixDelta {
   using Value = Pack<T, N>;
-  static constexpr int held = 4;
+  static constexpr int held = 2;
   static constexpr bool rehearsed = false;
   __device__ MatrixDelta rehearsal(const void*) const { return *this; }
   const T* p;
