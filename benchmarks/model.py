@@ -37,7 +37,7 @@ SHAPES = {
 }  # fmt: skip
 RANK = 16
 ADAPTERS = 64
-CASES = ("train", "decode", "prefill", "mixed", "latency")
+CASES = ("train", "decode", "prefill", "mixed", "graphs", "latency")
 
 
 def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -243,6 +243,17 @@ class Bench:
             self.note(name + "_over_bytes_floor", ms / (floor / self.figures["copy_gbs"] / 1e6))
             self.profiled(name, self.engine.step)
             self.drain()
+
+    def graphs(self) -> None:
+        """Decodes of every bucket of rows without adapters, with one and with eight: how long it takes to record all their graphs."""
+        before = self.engine.stats()
+        for sequences in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256):
+            for adapters in (0, 1, 8):
+                self.start_decodes(sequences, adapters, 16, 6)
+                self.drain()
+        after = self.engine.stats()
+        self.note("graphs_recorded", after.graph_captures - before.graph_captures)
+        self.note("graphs_recorded_s", after.graph_seconds - before.graph_seconds)
 
     @staticmethod
     def size(shape) -> int:
@@ -471,7 +482,7 @@ class Peft:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
-    parser.add_argument("--cases", default="train,decode,prefill,mixed", help=f"some of {', '.join(CASES)}")
+    parser.add_argument("--cases", default="train,decode,prefill,mixed,graphs", help=f"some of {', '.join(CASES)}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--kernels", type=int, default=24, help="rows of a profile")
