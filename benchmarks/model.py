@@ -199,9 +199,9 @@ class Bench:
 
     # ------------------------------------------------------------ serving
 
-    def start_decodes(self, sequences: int, adapters: int, context: int, tokens: int, seed: int = 7) -> None:
-        """Live decodes at `context`, interleaved over the adapters; 0: base rows."""
-        sampling = self.lq.SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    def start_decodes(self, sequences: int, adapters: int, context: int, tokens: int, seed: int = 7, **options) -> None:
+        """Live decodes at `context`, interleaved over the adapters; 0: base rows. Greedy unless `options` say otherwise."""
+        sampling = self.lq.SamplingParams(**{"max_tokens": tokens, "temperature": 0, "ignore_eos": True, **options})
         for i in range(sequences):
             adapter = f"a{i % adapters}" if adapters else None
             self.engine.submit_infer(self.ids(context, seed + i), adapter=adapter, sampling=sampling)
@@ -223,10 +223,12 @@ class Bench:
         weights = sum(self.size(s) for n, s in weight_shapes(self.config).items() if "embed" not in n) * 2
         kv_row = 2 * 2 * self.config["num_hidden_layers"] * self.config["num_key_value_heads"] * self.config["head_dim"]
         adapter_bytes = self.engine.adapter("a0").bytes
-        for sequences, adapters in ((64, 0), (64, 1), (64, 8), (64, 64), (16, 16), (256, 8)):
+        top_p = {"temperature": 0.8, "top_p": 0.9}
+        greedy = ((64, 0, {}), (64, 1, {}), (64, 8, {}), (64, 64, {}), (16, 16, {}), (256, 8, {}))
+        for sequences, adapters, options in (*greedy, (64, 8, top_p)):
             context = 512 if sequences <= 64 else 256
             steps = 8 + self.args.repeats * 10
-            self.start_decodes(sequences, adapters, context, steps + 10)
+            self.start_decodes(sequences, adapters, context, steps + 10, **options)
             times, host, ahead = [], [], self.engine.stats().steps_ahead
             for i in range(steps):
                 before, begin = self.engine.stats().host_seconds, time.perf_counter()
@@ -234,7 +236,7 @@ class Bench:
                 if i >= 8:
                     times.append(time.perf_counter() - begin)
                     host.append(self.engine.stats().host_seconds - before)
-            name = f"decode_{sequences}x{adapters}"
+            name = f"decode_{sequences}x{adapters}" + ("_top_p" if options else "")
             self.note(name + "_host_us", statistics.median(host) * 1e6)
             self.note(name + "_steps_ahead", (self.engine.stats().steps_ahead - ahead) / steps)  # its host time is hidden
             ms = statistics.median(times) * 1e3
@@ -245,7 +247,7 @@ class Bench:
             self.drain()
 
     def graphs(self) -> None:
-        """Decodes of every bucket of rows without adapters, with one and with eight: how long it takes to record all their graphs."""
+        """Decodes of every bucket of rows, without adapters, with one and with eight: how long recording their graphs takes."""
         before = self.engine.stats()
         for sequences in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256):
             for adapters in (0, 1, 8):

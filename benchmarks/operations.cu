@@ -262,7 +262,7 @@ void vocabulary(const Settings& settings, Json& add) {
         300, "TB/s", settings.copy_gbs / 1e3, add);
 
   const std::vector<int32_t> bias_ids = {17, 1234, 50000, 128000}, forbidden = {128001, 128009};
-  const std::vector<float> bias_values = {1.0f, -1.0f, 2.0f, -2.0f};
+  const std::vector<float> bias_values(4);  // nothing: logits are changed in place, by every launch again
   const SampleBatch tables = {
       .history = history, .bias_ids = b.upload(bias_ids), .bias_values = b.upload(bias_values), .forbidden = b.upload(forbidden)};
   const TensorView top_ids = b.zeros(DType::i32, kAllRows, kTop), top_logprobs = b.zeros(DType::f32, kAllRows, kTop);
@@ -288,6 +288,10 @@ void vocabulary(const Settings& settings, Json& add) {
                         {"temperature", 64, {.temperature = 0.8f}},
                         {"top_k", 64, {.temperature = 0.8f, .top_k = 50}},
                         {"top_p", 64, {.temperature = 0.8f, .top_p = 0.9f}},
+                        {"top_p", 256, {.temperature = 0.8f, .top_p = 0.9f}},
+                        {"top_k_top_p", 64, {.temperature = 0.8f, .top_p = 0.9f, .top_k = 50}},
+                        {"min_p", 64, {.temperature = 0.8f, .min_p = 0.05f}},
+                        {"top_logprobs", 64, {.top_logprobs = kTop}},
                         {"all_options", 64, all}};
   std::vector<std::vector<SampleRow>> host_rows;  // an outer vector that grows moves the inner ones, whose rows stay
   std::vector<Timed> samples;
