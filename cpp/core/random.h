@@ -37,6 +37,11 @@ LOQUETIER_HOST_DEVICE inline Philox4 philox(uint64_t key, uint64_t counter_low, 
 // Uniform in (0, 1), never 0 or 1: 23 bits, so that adding one half is exact (with 24 the largest value would round up to 1).
 LOQUETIER_HOST_DEVICE inline float uniform01(uint32_t bits) { return (static_cast<float>(bits >> 9) + 0.5f) * 0x1p-23f; }
 
+// What a token of a vocabulary is drawn with. Four neighbouring tokens share one Philox call.
+LOQUETIER_HOST_DEVICE inline Philox4 philox_of_tokens(uint64_t seed, int64_t index, int64_t token) {
+  return philox(seed, static_cast<uint64_t>(index), static_cast<uint64_t>(token) / 4);
+}
+
 // Mixes one more word into a key (the finalizer of SplitMix64).
 LOQUETIER_HOST_DEVICE inline uint64_t mix_key(uint64_t key, uint64_t word) {
   uint64_t z = key + 0x9E3779B97F4A7C15u * (word + 1);

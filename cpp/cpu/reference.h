@@ -453,8 +453,7 @@ inline int32_t sample(const std::vector<double>& adjusted, const SampleRow& row)
   int32_t best = -1;
   double best_value = 0;
   for (int32_t id : kept) {
-    const double u =
-        static_cast<double>(uniform01(philox(row.seed, static_cast<uint64_t>(row.index), static_cast<uint64_t>(id)).v[0]));
+    const auto u = static_cast<double>(uniform01(philox_of_tokens(row.seed, row.index, id).v[id % 4]));
     const double value = adjusted[static_cast<size_t>(id)] - std::log(-std::log(u));
     if (best < 0 || value > best_value || (value == best_value && id < best)) {
       best = id;

@@ -14,7 +14,6 @@ namespace loquetier::cpu {
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-constexpr float kGreedyBelow = 1e-5f;  // a temperature so low leaves one token, and dividing by it could overflow
 
 struct Candidate {
   float x;
@@ -59,16 +58,18 @@ void apply_penalties(const SampleRow& row, const int32_t* history, int64_t vocab
   }
 }
 
-// Gumbel-max: the kept token with the largest x - log(-log(u)), u = uniform01(philox(seed, index, token)), lower id on ties.
+// Gumbel-max: the kept token with the largest x - log(-log(u)), u of philox_of_tokens(), lower id on ties.
 // A token can only win when 1 - u <= exp(x - best), because -log(u) >= 1 - u: so most need no logarithm, and the improbable
 // ones no random number (1 - u >= 2^-24).
 class GumbelChoice {
  public:
-  explicit GumbelChoice(const SampleRow& row) : seed_(row.seed), index_(static_cast<uint64_t>(row.index)) {}
+  explicit GumbelChoice(const SampleRow& row) : seed_(row.seed), index_(row.index) {}
   // bound >= exp(x - value of some token offered before), or any number >= 1.
   void offer(float x, int32_t id, float bound) {
     if (bound < 0x1p-25f) return;
-    const float u = uniform01(philox(seed_, index_, static_cast<uint64_t>(id)).v[0]);
+    if (id / 4 != four_) words_ = philox_of_tokens(seed_, index_, id);
+    four_ = id / 4;
+    const float u = uniform01(words_.v[id % 4]);
     if (1.0f - u > bound * 1.001f) return;
     const float value = x - std::log(-std::log(u));
     if (id_ < 0 || value > value_ || (value == value_ && id < id_)) {
@@ -80,7 +81,10 @@ class GumbelChoice {
   int32_t id() const { return id_; }
 
  private:
-  uint64_t seed_, index_;
+  uint64_t seed_;
+  int64_t index_;
+  Philox4 words_ = {};  // of tokens 4 four_ to 4 four_ + 3
+  int32_t four_ = -1;
   float value_ = 0;
   int32_t id_ = -1;
 };

@@ -165,10 +165,12 @@ struct LossRow {
   float clip_high = 0.2f;
 };
 
-// One row to sample. Order: logit bias, forbidden tokens, penalties, then (temperature > 0) temperature, min-p, top-k, top-p.
+constexpr float kGreedyBelow = 1e-5f;  // a temperature so low leaves one token, and dividing by it could overflow
+
+// One row to sample. Order: logit bias, forbidden tokens, penalties, then (from kGreedyBelow on) temperature, min-p, top-k, top-p.
 // Log-probabilities are those of the model's own distribution (before all of that), so they equal the ones training computes.
 struct SampleRow {
-  float temperature = 0;         // 0: greedy, lowest token id wins a tie
+  float temperature = 0;         // below kGreedyBelow: greedy, lowest token id wins a tie
   float top_p = 1;               // 1: off
   float min_p = 0;               // 0: off
   int32_t top_k = 0;             // <= 0: off
@@ -176,7 +178,7 @@ struct SampleRow {
   float presence_penalty = 0;    // over output
   float frequency_penalty = 0;   // over output
   int32_t top_logprobs = 0;      // how many of the most probable tokens to report, <= columns of top_ids
-  uint64_t seed = 0;             // random numbers are philox(seed, index, token): Gumbel-max over the kept tokens
+  uint64_t seed = 0;             // random numbers are philox(seed, index, token / 4)[token % 4]: Gumbel-max over the kept
   int64_t index = 0;             // of this token among the generated ones
   int32_t history_begin = 0;     // into SampleBatch::history: prompt tokens, then output tokens
   int32_t prompt_length = 0;

@@ -207,6 +207,106 @@ TEST(sample_against_the_reference) {
   });
 }
 
+// Rows on which finding the kept tokens is hard: ties at the edge, many tokens within a little of each other, tokens so far below
+// the largest that they have no mass, logits far from zero, hardly any token at all.
+TEST(sample_of_odd_distributions) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  struct Odd {
+    const char* name;
+    int32_t vocabulary;
+    std::function<double(double normal, int32_t token)> logit;
+  };
+  const std::vector<Odd> odds = {
+      {"all equal", 40000, [](double, int32_t) { return 1.5; }},
+      {"close together", 40000, [](double x, int32_t) { return 0.02 * std::tanh(x); }},
+      {"rounded", 5000, [](double x, int32_t) { return std::round(4 * x) / 4; }},
+      {"far apart", 5000, [](double x, int32_t) { return 60 * x; }},
+      {"half impossible", 5000, [=](double x, int32_t token) { return token % 1000 < 500 ? -kInfinity : 3 * x; }},
+      {"four tokens", 5001, [=](double x, int32_t token) { return token % 1250 == 7 ? x : -kInfinity; }},
+      {"high", 5000, [](double x, int32_t) { return 700 + 3 * x; }},
+      {"low", 4999, [](double x, int32_t) { return -700 + 3 * x; }},
+      {"one above all", 5000, [](double x, int32_t token) { return token == 4321 ? 40 : x; }},
+  };
+  for_each_rig([&](Rig& rig) {
+    constexpr int32_t kRows = 40;
+    for (const Odd& odd : odds) {
+      Host logits = rig.random(kRows, odd.vocabulary);
+      for (int64_t i = 0; i < kRows; ++i)
+        for (int32_t j = 0; j < odd.vocabulary; ++j) logits(i, j) = odd.logit(logits(i, j), j);
+      OnDevice dlogits(rig, logits, DType::f32);
+      const auto any_of = [&](auto... options) {
+        const std::array all{options...};
+        return all[static_cast<size_t>(rig.random_int(static_cast<int64_t>(all.size())))];
+      };
+      std::vector<SampleRow> rows(kRows);
+      for (SampleRow& row : rows) {
+        row.temperature = any_of(1.0f, 1.0f, 0.5f, 1.7f, 1e-3f, 0.0f);
+        row.top_p = any_of(1.0f, 0.999f, 0.9f, 0.5f, 0.01f);
+        row.top_k = any_of(0, 1, 3, 40, 2500, odd.vocabulary - 1, odd.vocabulary, odd.vocabulary + 5);
+        row.min_p = any_of(0.0f, 0.0f, 1e-4f, 0.2f, 1.0f);
+        row.top_logprobs = any_of(0, 5);
+        row.seed = rig.random_word();
+        row.index = rig.random_int(1000);
+      }
+      ArrayOnDevice<SampleRow> drows(rig, rows);
+      ArrayOnDevice<int32_t> ids(rig, std::vector<int32_t>(kRows, -1));
+      ArrayOnDevice<float> logprob(rig, std::vector<float>(kRows, NAN));
+      OnDevice top_ids(rig, kRows, 5, DType::i32), top_logprobs(rig, kRows, 5, DType::f32);
+      const SampleBatch batch{drows.data(), rows.data(), kRows, nullptr, nullptr, nullptr, nullptr};
+      const auto sampled = [&] {
+        rig.ops().sample(dlogits, batch, ids.data(), logprob.data(), top_ids, top_logprobs);
+        std::vector<int32_t> got(kRows);
+        rig.device().copy_to_host(got.data(), ids.data(), got.size() * sizeof(int32_t));
+        return got;
+      };
+      const std::vector<int32_t> got = sampled();
+      dlogits.upload();
+      CHECK(sampled() == got);
+      Host want_top_ids(kRows, 5, -1);
+      for (int32_t i = 0; i < kRows; ++i) {
+        const SampleRow& row = rows[static_cast<size_t>(i)];
+        std::vector<double> x(static_cast<size_t>(odd.vocabulary));
+        for (int32_t j = 0; j < odd.vocabulary; ++j) x[static_cast<size_t>(j)] = logits(i, j);
+        const int32_t want = reference::sample(reference::adjusted_logits(x, row, nullptr, nullptr, nullptr, nullptr), row);
+        if (got[static_cast<size_t>(i)] != want)
+          std::printf("%s, row %d: temperature %g, top_p %g, top_k %d, min_p %g\n", odd.name, i,
+                      static_cast<double>(row.temperature), static_cast<double>(row.top_p), row.top_k,
+                      static_cast<double>(row.min_p));
+        CHECK_EQ(got[static_cast<size_t>(i)], want);
+        std::vector<int32_t> order(static_cast<size_t>(odd.vocabulary));
+        std::iota(order.begin(), order.end(), 0);
+        std::partial_sort(order.begin(), order.begin() + 5, order.end(), [&](int32_t a, int32_t b) {
+          const double of_a = x[static_cast<size_t>(a)], of_b = x[static_cast<size_t>(b)];
+          return of_a > of_b || (of_a == of_b && a < b);
+        });
+        for (int32_t j = 0; j < row.top_logprobs; ++j) want_top_ids(i, j) = order[static_cast<size_t>(j)];
+      }
+      CHECK(top_ids.get().values == want_top_ids.values);
+    }
+  });
+}
+
+TEST(sample_at_a_temperature_next_to_zero_is_greedy) {
+  for_each_rig([](Rig& rig) {
+    Host logits = rig.random(8, 3000, 3.0);
+    OnDevice dlogits(rig, logits, DType::f32);
+    std::vector<SampleRow> rows(8);
+    for (size_t i = 0; i < rows.size(); ++i)
+      rows[i].temperature = std::array{1e-5f, 1e-6f, 1e-30f, 1e-45f}[i % 4], rows[i].seed = i;
+    ArrayOnDevice<SampleRow> drows(rig, rows);
+    ArrayOnDevice<int32_t> ids(rig, std::vector<int32_t>(8, -1));
+    ArrayOnDevice<float> logprob(rig, std::vector<float>(8));
+    rig.ops().sample(dlogits, {drows.data(), rows.data(), 8, nullptr, nullptr, nullptr, nullptr}, ids.data(), logprob.data(), {},
+                     {});
+    std::vector<int32_t> got(8);
+    rig.device().copy_to_host(got.data(), ids.data(), got.size() * sizeof(int32_t));
+    for (int64_t i = 0; i < 8; ++i) {
+      const auto row = logits.values.begin() + i * 3000;
+      CHECK_EQ(got[static_cast<size_t>(i)], static_cast<int32_t>(std::max_element(row, row + 3000) - row));
+    }
+  });
+}
+
 TEST(sample_draws_from_the_distribution) {
   for_each_rig([](Rig& rig) {
     // Four tokens of known probability, and a penalty-free row each with another index: counts within five standard deviations.
