@@ -131,7 +131,7 @@ Values are checked by Engine.add_adapter, which raises InvalidArgument naming th
 void bind_sampling_params(py::module_& m) {
   py::class_<SamplingParams> cls(m, "SamplingParams", R"(How to sample one request, with vLLM's field names.
 
-temperature: >= 0, 0 is greedy. top_p: (0, 1]. top_k: 0 or -1 is off. min_p: [0, 1], relative to the most probable token.
+temperature: >= 0, greedy below 1e-5. top_p: (0, 1]. top_k: 0 or -1 is off. min_p: [0, 1], relative to the most probable token.
 seed: None draws one from the engine's seed and the request id; random numbers depend on the seed and the position only.
 max_tokens: >= 1. min_tokens: stop tokens are forbidden before. stop_token_ids: beside the model's own end-of-sequence ids.
 ignore_eos: the model's ids do not stop, stop_token_ids still do. presence_penalty, frequency_penalty: [-2, 2], over the

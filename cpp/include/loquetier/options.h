@@ -40,7 +40,7 @@ struct LoraConfig {
 
 // Sampling of one request, vLLM's field names.
 struct SamplingParams {
-  double temperature = 1.0;                  // >= 0; 0 is greedy
+  double temperature = 1.0;                  // >= 0; greedy below 1e-5
   double top_p = 1.0;                        // (0, 1]
   int top_k = 0;                             // 0 or -1: off
   double min_p = 0.0;                        // [0, 1]
