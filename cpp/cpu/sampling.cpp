@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #include "core/random.h"
@@ -22,7 +23,6 @@ struct Candidate {
 
 // The order in which tokens are preferred: larger first, lower id first on ties.
 bool before(const Candidate& a, const Candidate& b) { return a.x > b.x || (a.x == b.x && a.id < b.id); }
-bool after(const Candidate& a, const Candidate& b) { return before(b, a); }
 
 // Keeps the n most preferred tokens of a row in `best`, most preferred first.
 void find_best(const float* x, int64_t vocabulary, int64_t n, Candidate* best) {
@@ -77,6 +77,7 @@ class GumbelChoice {
       id_ = id;
     }
   }
+  void offer(float x, int32_t id) { offer(x, id, id_ < 0 ? 1.0f : std::exp(std::min(x - value_, 0.0f))); }
   float value() const { return value_; }
   int32_t id() const { return id_; }
 
@@ -105,6 +106,24 @@ int32_t draw_from_all(const Kernels& kernels, const SampleRow& row, const float*
   return choice.id();
 }
 
+// Moves the nucleus to the front: the fewest of the n > 0 candidates, most preferred first, whose mass e^(x - top) reaches `p` of
+// that of all, and at least one. Returns how many they are. Only those of the bin of logits in which its end lies are sorted.
+int64_t nucleus(Candidate* candidates, int64_t n, float top, float p) {
+  constexpr int kBins = 256;  // an eighth wide; the last one has what is further below
+  const auto bin = [&](const Candidate& c) { return static_cast<int>(std::min((top - c.x) * 8, kBins - 0.5f)); };
+  const auto mass = [&](const Candidate& c) { return std::exp(static_cast<double>(c.x) - static_cast<double>(top)); };
+  double masses[kBins] = {};
+  for (int64_t i = 0; i < n; ++i) masses[bin(candidates[i])] += mass(candidates[i]);
+  double target = static_cast<double>(p) * std::accumulate(masses, masses + kBins, 0.0);
+  int last = 0;
+  while (last + 1 < kBins && masses[last] < target) target -= masses[last++];
+  Candidate* to = std::partition(candidates, candidates + n, [&](const Candidate& c) { return bin(c) < last; });
+  Candidate* const end = std::partition(to, candidates + n, [&](const Candidate& c) { return bin(c) == last; });
+  std::sort(to, end, before);
+  for (; to < end && (target > 0 || to == candidates); ++to) target -= mass(*to);
+  return to - candidates;
+}
+
 // x holds logits over temperature.
 int32_t draw(const Kernels& kernels, const SampleRow& row, const float* x, int64_t vocabulary, Candidate* kept) {
   const bool min_p = row.min_p > 0, top_k = row.top_k > 0 && row.top_k < vocabulary, top_p = row.top_p < 1;
@@ -120,23 +139,9 @@ int32_t draw(const Kernels& kernels, const SampleRow& row, const float* x, int64
     std::nth_element(kept, kept + row.top_k, kept + n, before);
     n = row.top_k;
   }
+  if (top_p) n = nucleus(kept, n, top, row.top_p);
   GumbelChoice choice(row);
-  if (!top_p) {
-    for (int64_t i = 0; i < n; ++i) choice.offer(kept[i].x, kept[i].id, 1.0f);
-    return choice.id();
-  }
-  // The nucleus: most preferred first until their mass reaches top_p of what min-p and top-k left. A heap, because it is usually
-  // short.
-  std::make_heap(kept, kept + n, after);
-  double total = 0, mass = 0;
-  for (int64_t i = 0; i < n; ++i) total += std::exp(static_cast<double>(kept[i].x) - static_cast<double>(top));
-  for (int64_t left = n; left > 0; --left) {
-    std::pop_heap(kept, kept + left, after);
-    const Candidate& next = kept[left - 1];
-    choice.offer(next.x, next.id, 1.0f);
-    mass += std::exp(static_cast<double>(next.x) - static_cast<double>(top));
-    if (mass >= static_cast<double>(row.top_p) * total) break;
-  }
+  for (int64_t i = 0; i < n; ++i) choice.offer(kept[i].x, kept[i].id);
   return choice.id();
 }
 
