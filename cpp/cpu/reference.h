@@ -449,7 +449,7 @@ inline std::vector<double> adjusted_logits(std::vector<double> x, const SampleRo
 
 inline int32_t sample(const std::vector<double>& adjusted, const SampleRow& row) {
   const std::vector<int32_t> kept = kept_tokens(adjusted, row);
-  if (row.temperature == 0) return kept[0];
+  if (row.temperature < kGreedyBelow) return kept[0];
   int32_t best = -1;
   double best_value = 0;
   for (int32_t id : kept) {

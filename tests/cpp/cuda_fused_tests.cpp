@@ -1,8 +1,6 @@
 // What a backend fuses beyond the op table, against the reference and against its own single operations: linear_lora with one-row,
 // small and large groups, rows without adapters, mixed ranks and dropout; linear_lora_backward likewise; what is one call with the
-// norm, rope or attention behind a product. Same options as op_tests:
-// --backend cpu|cuda, --dtype,
-// --seed.
+// norm, rope or attention behind a product. Same options as op_tests: --backend cpu|cuda, --dtype, --seed.
 #include "op_cases_attention.h"
 #include "op_cases_lora.h"
 #include "op_harness.h"
